@@ -1,0 +1,278 @@
+"""Generation: two phases over a state that the caller owns, sampling, and streamed text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmmamba.model import MMMamba
+from mmmamba.state import DecodeState
+from mmmamba.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length", "cancel"]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """`input_ids` (batch, seqlen) int64; `pixel_values` (num_tiles, channels, side, side), tiles of all rows in order."""
+
+    input_ids: Tensor
+    pixel_values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `greedy` ignores all but the penalty.
+
+    Raises: ValueError naming the value that is out of range.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    seed: int | None = None
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        for name, ok, fits in (
+            ("temperature", 0 <= self.temperature <= 10, "0 to 10 (0 is greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p < 1, "0 up to, not including, 1"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "0.1 to 10"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; use {fits}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.greedy or self.temperature == 0
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """A step of `stream`. `text` is new, `reply` all of it; `finish_reason` is set on the last event only.
+
+    `ttft_ms` runs from the call to the first token; `tok_per_sec` counts the tokens after the first, by the model's own
+    clock (time that the consumer spends between events is left out).
+    """
+
+    text: str
+    reply: str
+    num_tokens: int
+    ttft_ms: float | None
+    elapsed_ms: float
+    tok_per_sec: float | None
+    finish_reason: FinishReason | None = None
+
+
+@torch.inference_mode()
+def prefill(model: MMMamba, inputs: ModelInputs, state: DecodeState, *, piece_size: int = 1024) -> Tensor:
+    """Read a prompt into `state` in pieces of at most `piece_size` tokens, so that memory does not grow with the prompt.
+
+    Returns: logits of the last position, (batch, vocab_size).
+    Raises: ValueError if image tokens and tiles do not match, or piece_size is below 1. The state is advanced in place:
+        after an error clone-and-drop is the way back.
+    """
+    if piece_size < 1:
+        raise ValueError(f"piece_size={piece_size} must be 1 or more")
+    ids = inputs.input_ids
+    batch, seqlen = ids.shape
+    config = model.config.embedding
+    image_tokens = ids == config.img_context_token_id
+    num_image = int(image_tokens[0].sum())
+    total = (
+        state.embedding.seqlen + seqlen + num_image * (config.stack_tokens_per_image_token - 1),
+        state.language.seqlen + seqlen,
+    )
+    tiles = inputs.pixel_values
+    if tiles is not None and len(tiles) % batch:
+        raise ValueError(f"{len(tiles)} tiles do not divide among {batch} rows; every row needs equally many")
+    rows = None if tiles is None else tiles.view(batch, -1, *tiles.shape[1:])
+    per_tile = 0 if tiles is None else (tiles.shape[-1] // (2 * config.patch_size)) ** 2
+    used = 0
+    logits = None
+    for start in range(0, max(seqlen, 1), piece_size):
+        piece = ids[:, start : start + piece_size]
+        last = start + piece_size >= seqlen
+        piece_tiles = None
+        if rows is not None:
+            # A tile goes with the piece that holds its first token; the last piece takes what is left, so that surplus
+            # tiles are reported rather than dropped.
+            fresh = int((piece[0] == config.img_context_token_id).sum()) - state.pending.shape[1]
+            count = rows.shape[1] - used if last else max(0, -(-fresh // per_tile))
+            if count:
+                piece_tiles = rows[:, used : used + count].flatten(0, 1)
+            used += count
+        if last:
+            logits = model(piece, piece_tiles, state, total_seqlens=total, last_only=True)[:, -1]
+        else:
+            model.hidden_states(piece, piece_tiles, state, total_seqlens=total)
+    assert logits is not None
+    return logits
+
+
+@torch.inference_mode()
+def decode_one_token(model: MMMamba, token: Tensor, state: DecodeState) -> Tensor:
+    """Feed one token a row, (batch,) int64, and advance `state`; returns logits (batch, vocab_size)."""
+    return model(token[:, None], None, state)[:, -1]
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    *,
+    generator: torch.Generator | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """Draw one token a row.
+
+    Args:
+        logits: (batch, vocab_size), any float dtype; not changed.
+        generator: source of randomness, on the device of `logits`; greedy sampling does not touch it.
+        history: (batch, n) int64, tokens that `repetition_penalty` applies to (Keskar et al., arXiv:1909.05858).
+    Returns: (batch,) int64.
+    """
+    logits = logits.float()
+    if params.repetition_penalty != 1.0 and history is not None and history.numel():
+        seen = logits.gather(1, history)
+        penalised = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+        logits = logits.scatter(1, history, penalised)
+    if params.is_greedy:
+        return logits.argmax(dim=-1)
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if params.min_p > 0:
+        floor = logits.max(dim=-1, keepdim=True).values + torch.log(torch.tensor(params.min_p))
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if params.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        # Drop a token when those before it hold top_p already: the most likely one always stays.
+        drop = probs.cumsum(dim=-1) - probs >= params.top_p
+        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(
+    model: MMMamba,
+    tokenizer: Tokenizer,
+    inputs: ModelInputs,
+    state: DecodeState,
+    params: SamplingParams,
+    *,
+    stop_token_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
+    cancel: threading.Event | None = None,
+) -> Iterator[StreamEvent]:
+    """Read a prompt (batch 1) and yield the reply as it comes, one event a token and a last one with the reason.
+
+    Text is held back while it could be the beginning of a stop string or half a character. When the last event has been
+    yielded, or the generator is closed, `state` has seen the prompt and every token of the reply but the stop token: the
+    next turn goes on from there. (After a stop string it has also seen the tokens that spelled it.)
+
+    Raises: ValueError if the batch is not 1, or from `prefill`.
+    """
+    if inputs.input_ids.shape[0] != 1:
+        raise ValueError(f"stream takes one conversation, input_ids holds {inputs.input_ids.shape[0]} rows")
+    started = time.perf_counter()
+    logits = prefill(model, inputs, state)
+    generator = torch.Generator(device=logits.device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+
+    text = _StopText(StreamDecoder(tokenizer), stop_strings)
+    padding = range(tokenizer.vocab_size, logits.shape[-1])  # rows of the head that stand for no token
+    stops = set(stop_token_ids)
+    history: list[int] = []
+    ttft_ms: float | None = None
+    decode_s = 0.0
+
+    def event(new: str, reason: FinishReason | None = None) -> StreamEvent:
+        rate = (len(history) - 1) / decode_s if len(history) > 1 and decode_s > 0 else None
+        elapsed = (time.perf_counter() - started) * 1e3
+        return StreamEvent(new, text.shown, len(history), ttft_ms, elapsed, rate, reason)
+
+    reason: FinishReason = "length"
+    while len(history) < params.max_new_tokens:
+        if cancel is not None and cancel.is_set():
+            reason = "cancel"
+            break
+        tick = time.perf_counter()
+        if padding:
+            logits[:, padding.start :] = float("-inf")
+        seen = torch.tensor([history], device=logits.device) if params.repetition_penalty != 1.0 else None
+        token = sample(logits, params, generator=generator, history=seen)
+        token_id = int(token)
+        if token_id in stops:
+            reason = "stop"
+            break
+        history.append(token_id)
+        new = text.push(token_id)
+        if ttft_ms is None:
+            ttft_ms = (time.perf_counter() - started) * 1e3
+        # Before the event goes out: a consumer that closes the generator there must find the state complete.
+        logits = decode_one_token(model, token, state)
+        if len(history) > 1:
+            decode_s += time.perf_counter() - tick
+        if text.stopped:
+            reason = "stop"
+            yield event(new)
+            break
+        yield event(new)
+    yield event(text.flush(), reason)
+
+
+class _StopText:
+    """Visible text of a reply: whole characters only, nothing from a stop string on."""
+
+    def __init__(self, decoder: StreamDecoder, stop_strings: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._stops = [s for s in stop_strings if s]
+        self._held = ""
+        self.shown = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        return self._advance(self._decoder.push(token))
+
+    def flush(self) -> str:
+        if self.stopped:
+            return ""
+        new = self._advance(self._decoder.flush())
+        if not self.stopped:
+            new += self._held
+            self.shown += self._held
+            self._held = ""
+        return new
+
+    def _advance(self, new: str) -> str:
+        self._held += new
+        hits = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        if hits:
+            out, self._held, self.stopped = self._held[: min(hits)], "", True
+        else:
+            keep = max((_overlap(self._held, s) for s in self._stops), default=0)
+            out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self.shown += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,78 @@
+"""State-space kernels behind one signature; `select` is the one place that decides which implementation runs.
+
+    ssd_scan(x, dt, A, B, C, initial_state)  a chunk of tokens from a carried state
+    ssm_step(x, dt, A, B, C, ssm_state)      one token
+
+Both compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded from
+attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
+`num_heads`: head i reads kv head i // (num_heads // num_kv_heads).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmmamba.kernels.chunked import ssd_scan_chunked
+from mmmamba.kernels.reference import ssd_scan_ref, ssm_step_ref
+from mmmamba.kernels.upstream import load_upstream_scan
+
+Impl = Literal["auto", "reference", "chunked", "mamba_ssm"]
+ScanFn = Callable[..., tuple[Tensor, Tensor]]
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Impl", "select_scan", "ssd_scan", "ssd_scan_ref", "ssm_step", "ssm_step_ref"]
+
+
+@cache
+def select_scan(device_type: str, impl: Impl = "auto") -> ScanFn:
+    """The chunk scan for a device, chosen once and logged with the reason.
+
+    Raises: ValueError if `impl` is unknown, or names an implementation that cannot run here.
+    """
+    if impl == "reference":
+        return ssd_scan_ref
+    if impl == "chunked":
+        return ssd_scan_chunked
+    if impl not in ("auto", "mamba_ssm"):
+        raise ValueError(f'impl "{impl}" is not known; use "auto", "reference", "chunked" or "mamba_ssm"')
+    if device_type != "cuda":
+        reason = f"device is {device_type}, mamba-ssm needs cuda"
+    else:
+        scan, reason = load_upstream_scan()
+        if scan is not None:
+            log.info("chunk scan: mamba-ssm (Triton)")
+            return scan
+    if impl == "mamba_ssm":
+        raise ValueError(f'impl "mamba_ssm" cannot run: {reason}; use "auto" or "chunked"')
+    log.info("chunk scan: torch chunked (%s)", reason)
+    return ssd_scan_chunked
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over a chunk of tokens; see `ssd_scan_ref` for shapes."""
+    if impl == "auto" and torch.compiler.is_compiling():
+        # Tracing through foreign Triton autotuners breaks graphs; the torch form fuses well by itself.
+        return ssd_scan_chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+    return select_scan(x.device.type, impl)(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+
+
+def ssm_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, ssm_state: Tensor) -> Tensor:
+    """Advance the recurrence by one token; see `ssm_step_ref` for shapes."""
+    return ssm_step_ref(x, dt, A, B, C, ssm_state)

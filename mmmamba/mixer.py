@@ -1,0 +1,92 @@
+"""The Mamba-2 mixer as mmMamba uses it: x, B, C are the values, keys and queries of the attention that it replaces."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.config import StackConfig
+from mmmamba.kernels import Impl, ssd_scan, ssm_step
+from mmmamba.layers import RopeTables
+from mmmamba.state import D_CONV, MambaState
+
+GATE_NORM_EPS = 1e-5
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(y) * weight * SiLU(gate) over each head, in float32 at least."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        normed = F.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), eps=GATE_NORM_EPS)
+        return (normed * F.silu(gate.to(wide))).to(y.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """mmMamba's mixer (arXiv:2502.13145, section 3): no rotary, no D.
+
+    `in_proj` rows are V, K, Q, G and one step size per head. V, K (`num_kv_heads`) and Q (`num_heads`) pass a depthwise
+    causal convolution and SiLU before the kv heads are shared; dt = softplus(dt + dt_bias), A = -exp(A_log).
+    """
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.splits = (config.conv_dim, config.hidden_size, config.num_attention_heads)
+        self.conv_splits = (config.kv_dim, config.kv_dim, config.hidden_size)
+        self.in_proj = nn.Linear(config.hidden_size, config.mixer_dim, bias=False)
+        self.conv = nn.Conv1d(config.conv_dim, config.conv_dim, D_CONV, groups=config.conv_dim)
+        self.A_log = nn.Parameter(torch.ones(config.num_attention_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.norm = GatedRMSNorm(config.head_dim)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        # A chunk about as long as the state is wide balances the work inside chunks against that between them.
+        self.chunk_size = max(64, config.head_dim)
+        self.impl: Impl = "auto"
+
+    def forward(self, x: Tensor, state: MambaState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+        """(batch, seqlen, hidden_size) to the same; advances `state` in place. Positions are not used."""
+        return self.out_proj(self.mix(x, state, seqlen_offset, rope))
+
+    def mix(self, x: Tensor, state: MambaState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+        """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
+        batch, seqlen, _ = x.shape
+        vkq, gate, dt = self.in_proj(x).split(self.splits, dim=-1)
+        vkq = F.silu(self._convolve(vkq, state))
+        v, k, q = vkq.split(self.conv_splits, dim=-1)
+        v, k = (t.reshape(batch, seqlen, self.num_kv_heads, self.head_dim) for t in (v, k))
+        q, gate = (t.reshape(batch, seqlen, self.num_heads, self.head_dim) for t in (q, gate))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        A = -torch.exp(self.A_log.to(wide))
+
+        if state is not None and seqlen == 1:
+            y = ssm_step(v[:, 0], dt[:, 0], A, k[:, 0], q[:, 0], state.ssm_state)[:, None]
+        else:
+            initial = None if state is None else state.ssm_state
+            y, final = ssd_scan(v, dt, A, k, q, initial, chunk_size=self.chunk_size, impl=self.impl)
+            if state is not None:
+                state.ssm_state.copy_(final)
+        return self.norm(y, gate).reshape(batch, seqlen, -1)
+
+    def _convolve(self, x: Tensor, state: MambaState | None) -> Tensor:
+        """Depthwise causal convolution over (batch, seqlen, conv_dim), continued from `state.conv_state`."""
+        seqlen = x.shape[1]
+        if state is None:
+            padded = F.pad(x, (0, 0, D_CONV - 1, 0))
+        else:
+            padded = torch.cat([state.conv_state.mT, x], dim=1)
+            state.conv_state.copy_(padded[:, seqlen:].mT)
+        taps = self.conv.weight[:, 0]  # (conv_dim, D_CONV)
+        # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
+        out = self.conv.bias + padded[:, :seqlen] * taps[:, 0]
+        for i in range(1, D_CONV):
+            out = out + padded[:, i : i + seqlen] * taps[:, i]
+        return out

@@ -1,0 +1,339 @@
+"""HoVLE and mmMamba: one network whose layers are softmax attention or Mamba-2 mixers, as the config lists them.
+
+Image and text tokens pass a *holistic embedding* (a causal stack of its own) and then the language model. With
+`pixel_shuffle_loc: post` the embedding stack sees four positions for each image token of the language model, so the two
+stacks count positions apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.attention import Attention
+from mmmamba.config import EmbeddingConfig, LanguageConfig, LayerType, ModelConfig, StackConfig
+from mmmamba.layers import GatedMLP, RMSNorm, RopeTables, Rotary, pixel_shuffle
+from mmmamba.mixer import Mamba2Mixer
+from mmmamba.state import DecodeState, StackState
+
+_MIXERS: dict[str, type[Attention] | type[Mamba2Mixer]] = {"mha": Attention, "mamba2": Mamba2Mixer}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: StackConfig, layer_type: LayerType) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = _MIXERS[layer_type](config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, state: object, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), state, seqlen_offset, rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DecoderStack(nn.Module):
+    """A run of blocks; `state` carries them from one call to the next."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types)
+        self.rotary = Rotary(config)
+        self.needs_rope = "mha" in config.layer_types
+
+    def rope_tables(self, x: Tensor, seqlen_offset: int = 0, total_seqlen: int | None = None) -> RopeTables | None:
+        """Rotary tables for x (batch, seqlen, hidden_size), or None in a stack without attention."""
+        if not self.needs_rope:
+            return None
+        seqlen = x.shape[1]
+        total = max(total_seqlen or 0, seqlen_offset + seqlen)
+        return self.rotary.tables(seqlen_offset, seqlen, total_seqlen=total, device=x.device, dtype=x.dtype)
+
+    def run(self, x: Tensor, state: StackState | None, total_seqlen: int | None = None) -> Tensor:
+        """(batch, seqlen, hidden_size) to the same. `total_seqlen` is the length that dynamic NTK scaling should assume
+        when this call is a piece of a longer prompt (None: what has been seen so far)."""
+        offset = 0 if state is None else state.seqlen
+        rope = self.rope_tables(x, offset, total_seqlen)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if state is None else state.layers[i], offset, rope)
+        if state is not None:
+            state.seqlen += x.shape[1]
+        return x
+
+
+class ImageStem(nn.Module):
+    """Tiles to patch tokens: a strided convolution and learned positions (row 0 of which is unused)."""
+
+    def __init__(self, config: EmbeddingConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.grid = config.grid
+        dim = config.hidden_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, dim))  # published, never read
+        self.patch_embedding = nn.Conv2d(config.num_channels, dim, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.patches_per_tile + 1, dim))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(num_tiles, channels, side, side) to (num_tiles, patches, hidden_size), row by row."""
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        grid = x.shape[-1]
+        positions = self.position_embedding[:, 1:]
+        if grid != self.grid:
+            square = positions.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+            wide = square.to(torch.promote_types(square.dtype, torch.float32))
+            resized = F.interpolate(wide, size=(grid, grid), mode="bicubic", align_corners=False)
+            positions = resized.to(square.dtype).flatten(2).mT
+        return x.flatten(2).mT + positions
+
+
+class TokenLayout(NamedTuple):
+    """How the tokens of the language model lie in the embedding stack; indices run over the flattened batch."""
+
+    stack_ids: Tensor  # (batch, stack_seqlen), image tokens repeated
+    stack_image: Tensor  # positions of image tokens in the embedding stack
+    first: Tensor  # for every token of the language model its (first) position in the embedding stack
+    image: Tensor  # positions of image tokens among the language model's
+
+
+def token_layout(input_ids: Tensor, image_token_id: int, repeat: int) -> TokenLayout:
+    """Repeat every image token `repeat` times: input_ids (batch, seqlen), on any device (on the CPU it costs a GPU no
+    synchronisation).
+
+    Raises: ValueError if the rows would become unequally long.
+    """
+    batch = input_ids.shape[0]
+    is_image = input_ids == image_token_id
+    repeats = torch.where(is_image, repeat, 1)
+    lengths = repeats.sum(dim=1)
+    if batch > 1 and bool((lengths != lengths[0]).any()):
+        counts = is_image.sum(dim=1).tolist()
+        raise ValueError(f"rows hold different numbers of image tokens ({counts}); run them one at a time")
+    stack_ids = input_ids.flatten().repeat_interleave(repeats.flatten()).view(batch, -1)
+    first = repeats.flatten().cumsum(0) - repeats.flatten()
+    return TokenLayout(
+        stack_ids,
+        (stack_ids == image_token_id).flatten().nonzero().squeeze(1),
+        first,
+        is_image.flatten().nonzero().squeeze(1),
+    )
+
+
+class HolisticEmbedding(DecoderStack):
+    """Image and text tokens to the inputs of the language model (HoVLE, arXiv:2412.16158)."""
+
+    def __init__(self, config: EmbeddingConfig, *, normalize: bool = False) -> None:
+        super().__init__(config)
+        self.config = config
+        self.normalize = normalize
+        dim = config.hidden_size
+        self.text = nn.Embedding(config.llm_vocab_size, dim)
+        self.special = nn.Embedding(config.num_special_tokens, dim) if config.num_special_tokens else None
+        self.stem = ImageStem(config)
+        self.shuffle_proj = nn.Sequential(nn.Linear(4 * dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        state: DecodeState | None = None,
+        total_seqlen: int | None = None,
+    ) -> Tensor:
+        """Embed tokens (batch, seqlen) and tiles (num_tiles, channels, side, side), rows of the batch in order.
+
+        With a state, a call may end inside a tile: the whole tile is embedded at once, and what belongs to tokens yet
+        to come is kept in `state.pending`. A call that begins inside a tile takes those and needs no pixels for it.
+
+        Returns: (batch, seqlen, hidden_size).
+        Raises: ValueError if image tokens and tiles do not match.
+        """
+        batch, seqlen = input_ids.shape
+        is_image = input_ids == self.config.img_context_token_id
+        waiting = 0 if state is None else min(state.pending.shape[1], seqlen)
+        if waiting and not bool(is_image[:, :waiting].all()):
+            raise ValueError(
+                f"{waiting} image tokens of a tile are still to come, but the next input holds other tokens; "
+                "pass the rest of the image tokens first"
+            )
+        rest = input_ids[:, waiting:]
+        out = [] if state is None else [state.pending[:, :waiting]]
+        if rest.shape[1]:
+            missing = self._missing_tail(is_image[:, waiting:], pixel_values, batch, may_cut=state is not None)
+            if missing:
+                rest = F.pad(rest, (0, missing), value=self.config.img_context_token_id)
+            out.append(self._embed(rest, pixel_values, state, total_seqlen))
+        elif pixel_values is not None:
+            raise ValueError(f"{len(pixel_values)} tiles were passed for image tokens that have their embeddings already")
+        x = torch.cat(out, dim=1) if len(out) > 1 else out[0]
+        if state is not None:
+            state.pending = torch.cat([x[:, seqlen:], state.pending[:, waiting:]], dim=1)
+            state.num_image_tokens += int(is_image[0].sum())
+            x = x[:, :seqlen]
+        return x
+
+    def _missing_tail(self, is_image: Tensor, pixel_values: Tensor | None, batch: int, *, may_cut: bool) -> int:
+        """Image tokens to add at the end so that the last tile is whole."""
+        counts = is_image.sum(dim=1).tolist()
+        num_tokens = counts[0]
+        num_tiles = 0 if pixel_values is None else len(pixel_values)
+        if pixel_values is None or not num_tiles:
+            if num_tokens:
+                raise ValueError(f"input_ids hold {num_tokens} image tokens, but pixel_values is None; pass the tiles")
+            return 0
+        side = pixel_values.shape[-1]
+        step = 2 * self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[-2] != side or side % step:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; use (num_tiles, {self.config.num_channels}, side, "
+                f"side) with a side that is a multiple of {step}"
+            )
+        per_tile = (side // step) ** 2
+        missing = -num_tokens % per_tile
+        if missing and not (may_cut and bool(is_image[:, -1].all())):
+            raise ValueError(f"input_ids hold {num_tokens} image tokens a row, not a multiple of {per_tile} a tile")
+        needed = batch * (num_tokens + missing) // per_tile
+        if needed != num_tiles:
+            raise ValueError(
+                f"input_ids hold {batch} x {num_tokens} image tokens, which is {needed} tiles of {per_tile}; "
+                f"pixel_values holds {num_tiles}"
+            )
+        return missing
+
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, state: DecodeState | None, total_seqlen: int | None
+    ) -> Tensor:
+        batch, seqlen = input_ids.shape
+        device = self.text.weight.device
+        layout = token_layout(
+            input_ids, self.config.img_context_token_id, self.config.stack_tokens_per_image_token
+        )
+        layout = TokenLayout(*(t.to(device, non_blocking=True) for t in layout))
+        x = self._text_embeddings(layout.stack_ids)
+        dim = x.shape[-1]
+        post = self.config.pixel_shuffle_loc == "post"
+        if pixel_values is not None:
+            patches = self.stem(pixel_values.to(device, non_blocking=True))
+            if not post:
+                patches = self.shuffle_proj(pixel_shuffle(patches))
+            flat = x.reshape(-1, dim).index_copy(0, layout.stack_image, patches.reshape(-1, dim).to(x.dtype))
+            x = flat.view_as(x)
+
+        x = self.run(x, None if state is None else state.embedding, total_seqlen)
+
+        if post and pixel_values is not None:
+            flat = x.reshape(-1, dim)
+            image = flat[layout.stack_image].view(len(pixel_values), -1, dim)
+            image = self.shuffle_proj(pixel_shuffle(image)).reshape(-1, dim)
+            x = flat[layout.first].index_copy(0, layout.image, image.to(x.dtype)).view(batch, seqlen, dim)
+        if self.normalize:
+            x = x / x.norm(dim=-1, keepdim=True)
+        return x
+
+    def _text_embeddings(self, ids: Tensor) -> Tensor:
+        if self.special is None:
+            return self.text(ids)
+        vocab = self.text.num_embeddings
+        special = ids >= vocab
+        return torch.where(
+            special[..., None], self.special((ids - vocab).clamp(min=0)), self.text(ids.clamp(max=vocab - 1))
+        )
+
+
+class LanguageModel(DecoderStack):
+    """Decoder stack, final norm and output head."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, state: DecodeState | None = None, total_seqlen: int | None = None) -> Tensor:
+        """Inputs of the language model to normed hidden states, both (batch, seqlen, hidden_size)."""
+        return self.norm(self.run(x, None if state is None else state.language, total_seqlen))
+
+
+class MMMamba(nn.Module):
+    """The whole network. `config.kind` says whether it is the teacher (HoVLE), linear or hybrid.
+
+    `source` is the directory it was loaded from (it holds the tokenizer), or None for a model made in memory.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None
+        self.embedding = HolisticEmbedding(config.embedding, normalize=config.normalize_encoder_output)
+        self.language = LanguageModel(config.language)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the output head with the text embeddings where the config says so."""
+        if self.config.language.tie_word_embeddings:
+            self.language.output.weight = self.embedding.text.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.norm.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        state: DecodeState | None = None,
+        *,
+        total_seqlens: tuple[int, int] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits for every position, or for the last one only.
+
+        Args:
+            input_ids: (batch, seqlen), int64. Image tokens (`img_context_token_id`) stand where tiles go, as many as the
+                language model sees (`config.tokens_per_tile` a tile); all rows hold equally many.
+            pixel_values: (num_tiles, channels, side, side), tiles of all rows in order, or None for text.
+            state: what has been seen so far; advanced in place. None starts anew and keeps nothing.
+            total_seqlens: (embedding stack, language model), the lengths that dynamic NTK scaling should assume when
+                this call is a piece of a longer prompt.
+        Returns: (batch, seqlen or 1, vocab_size).
+        Raises: ValueError if image tokens and tiles do not match, or if the state is another model's.
+        """
+        hidden = self.hidden_states(input_ids, pixel_values, state, total_seqlens=total_seqlens)
+        return self.language.output(hidden[:, -1:] if last_only else hidden)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        state: DecodeState | None = None,
+        *,
+        total_seqlens: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """As `forward`, but stops before the output head: (batch, seqlen, hidden_size)."""
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; use (batch, seqlen) with at least one token")
+        if state is not None:
+            self._check_state(state, input_ids.shape[0])
+        totals = (None, None) if total_seqlens is None else total_seqlens
+        x = self.embedding(input_ids, pixel_values, state, totals[0])
+        return self.language(x, state, totals[1])
+
+    def new_state(self, batch: int = 1) -> DecodeState:
+        """An empty state on this model's device, in its dtype."""
+        return DecodeState.allocate(self.config, batch=batch, device=self.device, dtype=self.dtype)
+
+    def _check_state(self, state: DecodeState, batch: int) -> None:
+        if state.fingerprint != self.config.fingerprint():
+            raise ValueError(
+                f"the state belongs to another model (fingerprint {state.fingerprint}, this {self.config.kind} model has "
+                f"{self.config.fingerprint()}); allocate one with model.new_state()"
+            )
+        if state.batch != batch:
+            raise ValueError(f"the state holds {state.batch} rows, input_ids {batch}; they must be equal")

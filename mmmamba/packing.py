@@ -1,0 +1,58 @@
+"""Stored form of compressed weights: integers of 4, 6 or 8 bits in groups along the input dimension, with a scale and an
+offset a group. Loading turns them back into plain tensors; choosing the scales well is `quantize`'s work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (4, 6, 8)
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """How one tensor is stored: weight = scale * q + zero per group of `group_size` neighbours in a row."""
+
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} is not supported; use one of {BITS}")
+        if self.shape[-1] % self.group_size or self.group_size % 4:
+            raise ValueError(
+                f"group_size={self.group_size} does not divide rows of {self.shape[-1]} (or is no multiple of 4); "
+                "use 32 or 64, or store the tensor whole"
+            )
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """Integers 0 .. 2**bits - 1, uint8 with a multiple of 4 elements, to the bytes that hold them, flat."""
+    q = q.flatten()
+    if bits == 8:
+        return q
+    if bits == 4:
+        return q[0::2] | (q[1::2] << 4)
+    a, b, c, d = (q[i::4] for i in range(4))  # 6 bits: 4 numbers in 3 bytes
+    return torch.stack([a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)], dim=1).flatten()
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8, flat."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=1).flatten()
+    x, y, z = packed.view(-1, 3).unbind(1)
+    return torch.stack([x & 63, (x >> 6) | ((y & 15) << 2), (y >> 4) | ((z & 3) << 4), z >> 2], dim=1).flatten()
+
+
+def unpack(qweight: Tensor, scales: Tensor, zeros: Tensor, spec: PackedSpec, dtype: torch.dtype) -> Tensor:
+    """The weight, `spec.shape` in `dtype`; qweight is uint8, scales and zeros are (groups,) float16."""
+    q = unpack_bits(qweight, spec.bits).view(-1, spec.group_size)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = torch.addcmul(zeros.to(wide)[:, None], q.to(wide), scales.to(wide)[:, None])
+    return weight.view(spec.shape).to(dtype)

@@ -1,0 +1,213 @@
+"""Decoding state: a value that the caller owns, so that two conversations cannot mix and a turn can be undone.
+
+A `mamba2` layer keeps a fixed number of bytes at any length; an `mha` layer keeps its keys and values, growing in blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmmamba.config import ModelConfig, StackConfig
+from mmmamba.kernels.reference import state_dtype
+
+D_CONV = 2  # width of the mixer's convolution in every published checkpoint
+KV_BLOCK = 256  # positions by which a key-value cache grows
+
+
+@dataclass
+class MambaState:
+    """`conv_state` (batch, conv_dim, D_CONV - 1): inputs before the convolution. `ssm_state` (batch, num_heads,
+    head_dim, d_state), float32."""
+
+    conv_state: Tensor
+    ssm_state: Tensor
+
+    @classmethod
+    def allocate(cls, stack: StackConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> MambaState:
+        heads, dim = stack.num_attention_heads, stack.head_dim
+        return cls(
+            torch.zeros(batch, stack.conv_dim, D_CONV - 1, device=device, dtype=dtype),
+            torch.zeros(batch, heads, dim, dim, device=device, dtype=state_dtype(dtype)),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"conv_state": self.conv_state, "ssm_state": self.ssm_state}
+
+
+@dataclass
+class KVState:
+    """`k_cache`, `v_cache` (batch, num_kv_heads, capacity, head_dim); the stack's `seqlen` says how much is filled."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+
+    @classmethod
+    def allocate(cls, stack: StackConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> KVState:
+        shape = (batch, stack.num_key_value_heads, 0, stack.head_dim)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def append_(self, k: Tensor, v: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (batch, num_kv_heads, n, head_dim) at `seqlen`; returns views of all so far."""
+        end = seqlen + k.shape[2]
+        if end > self.k_cache.shape[2]:
+            capacity = -(-end // KV_BLOCK) * KV_BLOCK
+            self.k_cache, self.v_cache = (
+                torch.cat([old[:, :, :seqlen], old.new_zeros(*old.shape[:2], capacity - seqlen, old.shape[3])], dim=2)
+                for old in (self.k_cache, self.v_cache)
+            )
+        self.k_cache[:, :, seqlen:end] = k
+        self.v_cache[:, :, seqlen:end] = v
+        return self.k_cache[:, :, :end], self.v_cache[:, :, :end]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"k_cache": self.k_cache, "v_cache": self.v_cache}
+
+
+LayerState = MambaState | KVState
+_LAYER_STATES: dict[str, type[MambaState] | type[KVState]] = {"mamba2": MambaState, "mha": KVState}
+
+
+@dataclass
+class StackState:
+    """State of one stack; `seqlen` counts the positions that this stack has seen."""
+
+    layers: list[LayerState]
+    seqlen: int = 0
+
+    @classmethod
+    def allocate(cls, stack: StackConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> StackState:
+        return cls([_LAYER_STATES[t].allocate(stack, batch, device, dtype) for t in stack.layer_types])
+
+
+@dataclass
+class DecodeState:
+    """Everything a conversation needs to go on. The two stacks count positions apart (`post` pixel shuffle)."""
+
+    fingerprint: str
+    embedding: StackState
+    language: StackState
+    # Image embeddings already computed for a tile whose later tokens have not been asked for: (batch, n, hidden_size).
+    pending: Tensor
+    num_image_tokens: int = 0
+    stacks: tuple[StackState, StackState] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.stacks = (self.embedding, self.language)
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> DecodeState:
+        """An empty state for `batch` conversations that advance together; `dtype` is the model's."""
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be 1 or more")
+        embedding, language = (StackState.allocate(stack, batch, device, dtype) for stack in config.stacks)
+        pending = torch.zeros(batch, 0, config.language.hidden_size, device=device, dtype=dtype)
+        return cls(config.fingerprint(), embedding, language, pending)
+
+    @property
+    def batch(self) -> int:
+        return self.pending.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        """Positions of the language model seen so far, text and image tokens."""
+        return self.language.seqlen
+
+    @property
+    def num_text_tokens(self) -> int:
+        return self.seqlen - self.num_image_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, caches at their allocated size."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name."""
+        named = {"pending": self.pending}
+        for stack_name, stack in zip(("embedding", "language"), self.stacks, strict=True):
+            for i, layer in enumerate(stack.layers):
+                named |= {f"{stack_name}.{i}.{name}": t for name, t in layer.tensors().items()}
+        return named
+
+    def clone(self) -> DecodeState:
+        """A copy that shares no memory: advancing one leaves the other as it was."""
+
+        def copy(stack: StackState) -> StackState:
+            layers = [type(layer)(**{k: t.clone() for k, t in layer.tensors().items()}) for layer in stack.layers]
+            return StackState(layers, stack.seqlen)
+
+        return DecodeState(
+            self.fingerprint, copy(self.embedding), copy(self.language), self.pending.clone(), self.num_image_tokens
+        )
+
+    def to(self, device: torch.device | str) -> DecodeState:
+        """The state on another device (shares memory with this one if it is there already)."""
+
+        def move(stack: StackState) -> StackState:
+            layers = [type(layer)(**{k: t.to(device) for k, t in layer.tensors().items()}) for layer in stack.layers]
+            return StackState(layers, stack.seqlen)
+
+        return DecodeState(
+            self.fingerprint, move(self.embedding), move(self.language), self.pending.to(device), self.num_image_tokens
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; caches are cut to their filled length."""
+        tensors = {
+            name: (t[:, :, : self.stacks[name.startswith("language")].seqlen] if name.endswith("_cache") else t)
+            for name, t in self.tensors().items()
+        }
+        counts = {
+            "fingerprint": self.fingerprint,
+            "embedding_seqlen": self.embedding.seqlen,
+            "language_seqlen": self.language.seqlen,
+            "num_image_tokens": self.num_image_tokens,
+        }
+        save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"mmmamba_state": json.dumps(counts)})
+
+    @classmethod
+    def load(cls, path: str | Path, config: ModelConfig, *, device: torch.device | str = "cpu") -> DecodeState:
+        """Read a state written by `save`.
+
+        Raises: ValueError if the file is no state, or one of a model with other shapes or layer types.
+        """
+        with safe_open(path, "pt", device=str(device)) as f:
+            meta = (f.metadata() or {}).get("mmmamba_state")
+            if meta is None:
+                raise ValueError(f"{path} is not a decoding state; use a file written by DecodeState.save")
+            counts = json.loads(meta)
+            if counts["fingerprint"] != config.fingerprint():
+                raise ValueError(
+                    f"{path} is the state of another model (fingerprint {counts['fingerprint']}, this "
+                    f"{config.kind} model has {config.fingerprint()}); load it with the model that wrote it"
+                )
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+
+        def stack_state(name: str, stack: StackConfig) -> StackState:
+            layers: list[LayerState] = []
+            for i, layer_type in enumerate(stack.layer_types):
+                kind = _LAYER_STATES[layer_type]
+                layers.append(kind(**{f: tensors[f"{name}.{i}.{f}"] for f in kind.__dataclass_fields__}))
+            return StackState(layers, counts[f"{name}_seqlen"])
+
+        return cls(
+            counts["fingerprint"],
+            stack_state("embedding", config.embedding),
+            stack_state("language", config.language),
+            tensors["pending"],
+            counts["num_image_tokens"],
+        )
