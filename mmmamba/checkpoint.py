@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 PACKED_METADATA = "mmmamba_packed"
+PACKED_PARTS = ("qweight", "scales", "zeros")
+PART_SEPARATOR = "::"
 MAX_SHARD_SIZE = "5GB"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Step sizes and decays act through an exponential: two digits of bf16 would not do.
@@ -161,45 +163,57 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=True)
 
 
+class _Stored(NamedTuple):
+    """A tensor, or some rows of one, in an opened file; `spec` if it is packed."""
+
+    file: Any
+    name: str
+    spec: PackedSpec | None
+
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape if self.spec else tuple(self.file.get_slice(self.name).get_shape())
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        if self.spec is None:
+            return self.file.get_tensor(self.name).to(dtype)
+        return unpack(*(self.file.get_tensor(f"{self.name}.{part}") for part in PACKED_PARTS), self.spec, dtype)
+
+
 class _TensorFiles:
     """The safetensors files of a checkpoint, opened but not read."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
-        self._where: dict[str, Any] = {}
-        self._packed: dict[str, PackedSpec] = {}
-        wanted = self._wanted()
-        for path in sorted({p for p in wanted.values()} if isinstance(wanted, dict) else wanted):
-            if not path.is_file():
-                raise CheckpointError(f"{directory / INDEX} names {path.name}, which is not there; fetch the whole checkpoint")
-            try:
-                f = stack.enter_context(safe_open(path, "pt"))
-            except Exception as error:  # SafetensorError is not exported under a stable name
-                raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short, fetch it again") from error
-            specs = json.loads((f.metadata() or {}).get(PACKED_METADATA, "{}"))
-            names = set(f.keys()) - {f"{n}.{part}" for n in specs for part in ("qweight", "scales", "zeros")}
-            for name in names | specs.keys():
-                if not isinstance(wanted, dict) or wanted.get(name) == path:
-                    self._where[name] = f
-            for name, spec in specs.items():
-                if name in self._where:
-                    self._packed[name] = PackedSpec(spec["bits"], spec["group_size"], tuple(spec["shape"]))
-        if isinstance(wanted, dict) and (absent := sorted(wanted.keys() - self._where.keys())):
+        self._parts: dict[str, list[_Stored]] = {}
+        wanted = self._index()
+        paths = self._plain_files() if wanted is None else sorted(set(wanted.values()))
+        stored: dict[str, _Stored] = {}
+        for path in paths:
+            for name, entry in _open(path, stack).items():
+                if wanted is None or wanted.get(name) == path:
+                    stored[name] = entry
+        if wanted is not None and (absent := sorted(wanted.keys() - stored.keys())):
             raise CheckpointError(_listing(directory, {"named in the index but in no file": absent}))
+        for name in sorted(stored, key=_part_order):
+            self._parts.setdefault(_part_order(name)[0], []).append(stored[name])
 
-    def _wanted(self) -> dict[str, Path] | list[Path]:
+    def _index(self) -> dict[str, Path] | None:
+        """Stored name -> file, or None without an index."""
         index = self.directory / INDEX
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            allowed = {self.directory.resolve(), self.directory.resolve().parent}
-            paths = {name: (self.directory / file).resolve() for name, file in weight_map.items()}
-            for name, path in paths.items():
-                if path.parent not in allowed or path.suffix != ".safetensors":
-                    raise CheckpointError(f'{index} sends {name} to "{path}"; only safetensors files beside it are read')
-            return paths
-        single = sorted(self.directory.glob("*.safetensors"))
-        if single:
-            return [path.resolve() for path in single]
+        if not index.is_file():
+            return None
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        allowed = {self.directory.resolve(), self.directory.resolve().parent}
+        paths = {name: (self.directory / file).resolve() for name, file in weight_map.items()}
+        for name, path in paths.items():
+            if path.parent not in allowed or path.suffix != ".safetensors":
+                raise CheckpointError(f'{index} sends {name} to "{path}"; only safetensors files beside it are read')
+        return paths
+
+    def _plain_files(self) -> list[Path]:
+        found = sorted(self.directory.glob("*.safetensors"))
+        if found:
+            return found
         pickles = sorted(p.name for pattern in _PICKLES for p in self.directory.glob(pattern))
         if pickles:
             raise CheckpointError(
@@ -209,18 +223,36 @@ class _TensorFiles:
         raise CheckpointError(f"{self.directory} holds no safetensors files; pass a complete checkpoint")
 
     def names(self) -> list[str]:
-        return sorted(self._where)
+        return sorted(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name in self._packed:
-            return self._packed[name].shape
-        return tuple(self._where[name].get_slice(name).get_shape())
+        shapes = [part.shape() for part in self._parts[name]]
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        f = self._where[name]
-        if spec := self._packed.get(name):
-            return unpack(*(f.get_tensor(f"{name}.{part}") for part in ("qweight", "scales", "zeros")), spec, dtype)
-        return f.get_tensor(name).to(dtype)
+        tensors = [part.read(dtype) for part in self._parts[name]]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _open(path: Path, stack: ExitStack) -> dict[str, _Stored]:
+    if not path.is_file():
+        raise CheckpointError(f"the index names {path.name}, which is not there; fetch the whole checkpoint")
+    try:
+        f = stack.enter_context(safe_open(path, "pt"))
+    except Exception as error:  # SafetensorError is not exported under a stable name
+        raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short, fetch it again") from error
+    specs = {
+        name: PackedSpec(spec["bits"], spec["group_size"], tuple(spec["shape"]))
+        for name, spec in json.loads((f.metadata() or {}).get(PACKED_METADATA, "{}")).items()
+    }
+    plain = set(f.keys()) - {f"{name}.{part}" for name in specs for part in PACKED_PARTS}
+    return {name: _Stored(f, name, specs.get(name)) for name in plain | specs.keys()}
+
+
+def _part_order(stored_name: str) -> tuple[str, int]:
+    """Name of the tensor and number of the part: a tensor too large for one file is stored as `name::0`, `name::1`, ..."""
+    name, _, part = stored_name.partition(PART_SEPARATOR)
+    return name, int(part or 0)
 
 
 def _check_tensors(directory: Path, files: _TensorFiles, model: MMMamba) -> None:

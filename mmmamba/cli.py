@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
-from mmmamba.image import load_image
+from mmmamba.image import ImageError, load_image
 from mmmamba.info import DTYPES, info_record, info_text
 
 DEFAULT_MODEL = "nano-linear"
@@ -259,21 +260,23 @@ def _sampling_params(args: argparse.Namespace) -> SamplingParams:
 def _check_images(paths: Sequence[str]) -> None:
     """Refuse an unreadable image before the model is loaded."""
     for path in paths:
-        load_image(path)
+        try:
+            load_image(path)
+        except ImageError as error:
+            raise UsageError(f"--image {path}: {error}") from error
 
 
 def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Device and dtype from the flags; `auto` is cuda in bfloat16 where there is one, else the CPU in float32."""
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
-    except RuntimeError as error:
-        raise UsageError(f'--device "{name}" is not known; use cpu, cuda, cuda:1 or mps') from error
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
+        raise UsageError(f'--device "{name}" is not known; use cpu, cuda, cuda:1 or mps')
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f'--device "{args.device}": torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu'
-        )
+        count = torch.cuda.device_count()
+        raise UsageError(f'--device "{name}": torch sees {count} CUDA devices here; use a lower index or --device cpu')
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError('--device "mps": torch cannot use it here; use --device cpu')
     return device, _dtype(args.dtype, device)

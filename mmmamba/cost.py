@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmmamba.config import EmbeddingConfig, ModelConfig, StackConfig
+from mmmamba.config import EmbeddingConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.state import D_CONV
 
 SSM_STATE_BYTES = 4  # float32 whatever the weights are
@@ -32,8 +32,8 @@ class WeightCount:
 
 def teacher_config(config: ModelConfig) -> ModelConfig:
     """The same network with softmax attention in every layer."""
-    embedding, language = config.stacks
-    return config.with_layer_types(("mha",) * embedding.num_hidden_layers, ("mha",) * language.num_hidden_layers)
+    mha: tuple[LayerType, ...] = ("mha",)
+    return config.with_layer_types(mha * config.embedding.num_hidden_layers, mha * config.language.num_hidden_layers)
 
 
 def count_parameters(config: ModelConfig) -> WeightCount:

@@ -48,7 +48,7 @@ class ImageLimits:
     def check_size(self, width: int, height: int) -> None:
         if not (1 <= width <= self.max_side_px and 1 <= height <= self.max_side_px):
             raise ImageError(
-                f"the image is {width} x {height} pixels; each side must be 1 to {self.max_side_px}, so resize or crop it"
+                f"the image is {width} x {height} pixels; each side must be 1 to {self.max_side_px}: resize or crop it"
             )
         if width * height > self.max_pixels:
             raise ImageError(
@@ -106,7 +106,9 @@ def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels has no grid; both sides must be at least 1")
     if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
-        raise ValueError(f"min_tiles={min_tiles}, max_tiles={max_tiles}; use 1 <= min_tiles <= max_tiles <= {MOST_TILES}")
+        raise ValueError(
+            f"min_tiles={min_tiles}, max_tiles={max_tiles}; use 1 <= min_tiles <= max_tiles <= {MOST_TILES}"
+        )
     best, nearest = (1, 1), float("inf")
     for cols, rows in _grids(min_tiles, max_tiles):
         distance = abs(width / height - cols / rows)
@@ -163,7 +165,9 @@ def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(f'the image file "{path}" cannot be opened ({error}); check the path and its rights') from error
+        raise ImageError(
+            f'the image file "{path}" cannot be opened ({error}); check the path and its rights'
+        ) from error
 
 
 def _decode(image: Image.Image, limits: ImageLimits) -> Image.Image:

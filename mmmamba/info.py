@@ -58,10 +58,10 @@ def info_text(r: dict[str, Any]) -> str:
         ("hidden size", f"{r['hidden_size']:,}; vocabulary {r['vocab_size']:,}"),
         ("image tile", f"{r['tile_px']} px, {r['tokens_per_tile']} tokens"),
         ("parameters", f"{r['parameters']:,}"),
-        ("weights", f"{_mib(r['weight_bytes'])} in {r['dtype']}; a token reads {_mib(r['weight_bytes_per_token'])}"),
-        ("recurrent state", f"{_mib(r['state_bytes'])} at any length"),
-        ("key-value cache", f"{_mib(r['kv_bytes'])} at {length}"),
-        ("the teacher's", f"{_mib(r['teacher_kv_bytes'])} at {length}"),
+        ("weights", f"{_size(r['weight_bytes'])} in {r['dtype']}; a token reads {_size(r['weight_bytes_per_token'])}"),
+        ("recurrent state", f"{_size(r['state_bytes'])} at any length"),
+        ("key-value cache", f"{_size(r['kv_bytes'])} at {length}"),
+        ("the teacher's", f"{_size(r['teacher_kv_bytes'])} at {length}"),
     ]
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
@@ -73,5 +73,10 @@ def _layers(types: Sequence[str]) -> str:
     return f"{len(types)} layers: {named}"
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+def _size(num_bytes: int) -> str:
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"

@@ -50,9 +50,33 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([x & 63, (x >> 6) | ((y & 15) << 2), (y >> 4) | ((z & 3) << 4), z >> 2], dim=1).flatten()
 
 
-def unpack(qweight: Tensor, scales: Tensor, zeros: Tensor, spec: PackedSpec, dtype: torch.dtype) -> Tensor:
-    """The weight, `spec.shape` in `dtype`; qweight is uint8, scales and zeros are (groups,) float16."""
-    q = unpack_bits(qweight, spec.bits).view(-1, spec.group_size)
+def quantize(weight: Tensor, spec: PackedSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to the nearest of 2**bits levels between a group's smallest and largest weight.
+
+    Returns: q uint8 (groups, group_size), scales and zeros (groups,) float16. Rounding what was rounded changes nothing.
+    """
+    groups = weight.detach().float().reshape(-1, spec.group_size)
+    low, high = groups.aminmax(dim=1)
+    zeros = low.half()
+    scales = ((high - zeros.float()) / (2**spec.bits - 1)).half()
+    step = torch.where(scales > 0, scales, 1).float()
+    q = ((groups - zeros.float()[:, None]) / step[:, None]).round_().clamp_(0, 2**spec.bits - 1)
+    return q.to(torch.uint8), scales, zeros
+
+
+def dequantize(q: Tensor, scales: Tensor, zeros: Tensor, spec: PackedSpec, dtype: torch.dtype) -> Tensor:
+    """The weight, `spec.shape` in `dtype`, of integers q (groups, group_size)."""
     wide = torch.promote_types(dtype, torch.float32)
     weight = torch.addcmul(zeros.to(wide)[:, None], q.to(wide), scales.to(wide)[:, None])
     return weight.view(spec.shape).to(dtype)
+
+
+def pack(weight: Tensor, spec: PackedSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored form of a weight: qweight (bytes), scales, zeros."""
+    q, scales, zeros = quantize(weight, spec)
+    return pack_bits(q, spec.bits), scales, zeros
+
+
+def unpack(qweight: Tensor, scales: Tensor, zeros: Tensor, spec: PackedSpec, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`, up to rounding."""
+    return dequantize(unpack_bits(qweight, spec.bits).view(-1, spec.group_size), scales, zeros, spec, dtype)

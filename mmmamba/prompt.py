@@ -46,7 +46,7 @@ TEMPLATES = {
         Template(
             name="internlm2-chat",
             default_system=(
-                "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "  # noqa: RUF001
+                "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
                 "是一个有用无害的人工智能助手。"
             ),
             bos="<s>",

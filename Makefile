@@ -1,0 +1,64 @@
+# make run: the chat page with the bundled model.   make test: everything on this machine.   make help: the rest.
+#
+# Settings: PYTHON=python3.12  VENV=.venv  PIP_ARGS="--extra-index-url URL"  ARGS="--port 8000"  PYTEST_ARGS="-k cli -x"
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CODE := app.py app benchmarks distill mmmamba quantize tests
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint typecheck format bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+run: $(VENV)/.installed ## install once, then open the chat page
+	$(BIN)/python app.py $(ARGS)
+
+test: $(VENV)/.installed-dev $(VENV)/.installed-browser ## install once, then run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## style and common mistakes (ruff)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+typecheck: $(VENV)/.installed-dev ## types (mypy)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite in the project's style
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: $(VENV)/.installed ## latency and memory over context length, on the CPU
+	$(BIN)/python -m benchmarks.decode --device cpu $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# The stamps make a second run start at once; they are older than the lists of packages after a change of those.
+$(VENV)/pyvenv.cfg:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "$(PYTHON) is not on PATH; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+	  echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+
+$(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/pyvenv.cfg
+	$(PIP) install $(PIP_ARGS) -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Without a browser the tests that need one are skipped and say so; under CI=true that is a failure.
+$(VENV)/.installed-browser: .ci/browser $(VENV)/.installed-dev
+	@if bash .ci/browser "$(BIN)"; then touch $@; elif [ "$(CI)" = true ]; then exit 1; \
+	else echo "The browser tests will be skipped." >&2; fi

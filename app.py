@@ -1,0 +1,69 @@
+"""Start the chat page: `python app.py`, then open the address it prints. `python app.py --help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+LIMITS = (
+    ("max-new-tokens", 1024, "longest answer that a visitor may ask for"),
+    ("max-images", 8, "images in one message"),
+    ("max-tiles", 12, "most tiles of one image that a visitor may ask for"),
+    ("max-text-chars", 8000, "characters in one message"),
+    ("max-waiting", 16, "messages that may wait for an answer"),
+    ("state-budget-mib", 2048, "memory for the states of all conversations"),
+)
+EPILOG = "An environment variable sets the default of each of these: MMMAMBA_MAX_TILES that of --max-tiles, and so on."
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags. Host and port default to Gradio's own environment variables, which Spaces set."""
+    p = argparse.ArgumentParser(prog="app.py", description="Chat about images with mmMamba.", epilog=EPILOG)
+
+    def add(name: str, default: Any, help_text: str, **kwargs: Any) -> None:
+        default = os.environ.get("MMMAMBA_" + name.upper().replace("-", "_"), default)
+        shown = "" if default is None else f" (default: {default})"
+        p.add_argument(f"--{name}", default=default, help=help_text + shown, **kwargs)
+
+    add("model", "nano", "bundled name, checkpoint directory or hub id")
+    add("device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there')
+    add("dtype", "auto", "precision", choices=("auto", "float32", "bfloat16", "float16"))
+    add("host", os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), "address to listen on; 0.0.0.0 for all")
+    add("port", os.environ.get("GRADIO_SERVER_PORT"), "port; without it, the first free one from 7860", type=int)
+    for name, default, help_text in LIMITS:
+        add(name, default, help_text, type=int)
+    p.add_argument("--share", action="store_true", help="open a public gradio.live tunnel to this machine")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = parser()
+    args = p.parse_args(argv)
+    for name, _, _ in LIMITS:
+        value = getattr(args, name.replace("-", "_"))
+        if value < 1:
+            p.error(f"--{name} is {value}; use 1 or more")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    from app.chat import ChatStore
+    from app.engine import Engine, Limits
+    from app.ui import build, launch_options
+
+    engine = Engine(
+        args.model,
+        args.device,
+        args.dtype,
+        limits=Limits(args.max_text_chars, args.max_images, args.max_tiles, args.max_new_tokens),
+        chats=ChatStore(max_bytes=args.state_budget_mib << 20),
+        max_waiting=args.max_waiting,
+    )
+    build(engine).launch(server_name=args.host, server_port=args.port, share=args.share, **launch_options())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Train nano: `python -m distill teacher|student|eval|bundle --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill.base import HUB_ID, load_base
+from distill.config import Recipe, StageConfig
+from distill.convert import fuse_, make_student
+from distill.data.batches import Batch, RowKind, Rows
+from distill.data.mixture import Mixture, loader
+from distill.data.photos import Photos
+from distill.data.sample import Source
+from distill.data.shapes import Shapes
+from distill.data.text import Conversations
+from distill.evaluate import accuracy
+from distill.nano import new_teacher
+from distill.rounding import storage_spec
+from distill.stages import LayerStage, LogitsStage, TeacherStage
+from distill.trainer import train
+from mmmamba.checkpoint import load_model, save_model
+from mmmamba.model import MMMamba
+from mmmamba.tokenizer import Tokenizer, load_tokenizer
+from mmmamba.bundle import save_bundle
+
+STUDENT_STAGES = ("stage1", "stage2", "stage3")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; see the module's text."""
+    args = _parser().parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    {"teacher": run_teacher, "student": run_student, "eval": run_eval, "bundle": run_bundle}[args.command](args)
+
+
+def run_teacher(args: argparse.Namespace) -> None:
+    """Train the teacher from the base language model and write it to OUT."""
+    recipe = Recipe.load(args.recipe)
+    model = new_teacher(load_base(args.base), seed=recipe.seed).to(args.device)
+    data = _Data(args, recipe, model)
+    config = recipe.stages["teacher"]
+    stage = TeacherStage(model, compiled=args.compile)
+    train("teacher", stage, config, data.batches("image", config), data.batches("text", config), _log(args))
+    _finish(args, model.eval().requires_grad_(False), args.out, "teacher", data)
+
+
+def run_student(args: argparse.Namespace) -> None:
+    """Seed a student from the teacher and train its stages; what each stage trained is kept in OUT."""
+    recipe = Recipe.load(args.recipe)
+    teacher = load_model(args.teacher, device=args.device)
+    student = make_student(teacher, *recipe.layer_types(teacher.config), seed=recipe.seed)
+    data = _Data(args, recipe, teacher)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in STUDENT_STAGES:
+        kept = args.out / f"{name}.safetensors"
+        stage = (
+            LogitsStage(teacher, student, compiled=args.compile)
+            if name == "stage3"
+            else LayerStage(teacher, student, train_vkq=name == "stage2", compiled=args.compile)
+        )
+        if kept.is_file():
+            print(f"{name}: taken from {kept}", flush=True)
+            student.load_state_dict(load_file(kept, device=str(teacher.device)), strict=False)
+            continue
+        if name not in args.stages.split(","):
+            break
+        config = recipe.stages[name]
+        train(name, stage, config, data.batches("image", config), data.batches("text", config), _log(args))
+        save_file(_mixers(student), kept)
+        _report(args, student, name, data)
+    save_model(fuse_(student).eval(), args.out)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Print exact-match accuracy on held-out questions."""
+    model = load_model(args.model, device=args.device)
+    rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
+    photos = Photos(args.photos, "val") if args.photos else None
+    print(json.dumps({"model": args.model, "count": args.count} | accuracy(model, rows, photos, count=args.count)))
+
+
+def run_bundle(args: argparse.Namespace) -> None:
+    """Store teacher and students together in few bits."""
+    models = {}
+    for spec in args.models:
+        name, _, path = spec.partition("=")
+        models[name] = load_model(path)
+    files = save_bundle(models, args.out, storage_spec)
+    print(f"{len(files)} shards, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {args.out}")
+
+
+class _Data:
+    """The sources of a run and the streams of batches made from them."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, model: MMMamba) -> None:
+        self.recipe = recipe
+        self.workers = args.workers
+        self.tokenizer: Tokenizer = load_tokenizer(args.tokenizer)
+        self.config = model.config
+        self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
+        self.sources: dict[RowKind, list[tuple[Source, float]]] = {
+            "image": [(Shapes("train"), recipe.weights.get("shapes", 1.0))],
+            "text": [
+                (text, recipe.weights.get(text.name, 1.0))
+                for text in (Conversations(path, "train", any_start=True) for path in args.text)
+            ],
+        }
+        self.val_photos: Photos | None = None
+        if args.photos:
+            self.sources["image"].append((Photos(args.photos, "train"), recipe.weights.get("photos", 1.0)))
+            self.val_photos = Photos(args.photos, "val")
+
+    def rows(self, kind: RowKind) -> Rows:
+        return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind])
+
+    def batches(self, kind: RowKind, config: StageConfig) -> Iterator[Batch] | None:
+        """An endless stream; another seed a stage, since a stage need not see again what the last one saw."""
+        size = config.image_batch if kind == "image" else config.text_batch
+        if not self.sources[kind] or not size:
+            return None
+        seed = self.recipe.seed * 10 + list(self.recipe.stages.values()).index(config)
+        mixture = Mixture(self.sources[kind], self.rows(kind), batch_size=size, seed=seed)
+        workers = self.workers if kind == "image" else min(1, self.workers)
+        return iter(loader(mixture, num_workers=workers, prefetch=4))
+
+
+def _mixers(student: MMMamba) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in student.state_dict().items() if ".mixer." in n and "out_proj" not in n}
+
+
+def _report(args: argparse.Namespace, model: MMMamba, name: str, data: _Data) -> None:
+    scores = accuracy(model, data.rows("image"), data.val_photos, count=args.eval_count)
+    line = json.dumps({"stage": name, "eval_count": args.eval_count, "exact_match": scores})
+    print(line, flush=True)
+    with _log(args).open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+def _finish(args: argparse.Namespace, model: MMMamba, out: Path, name: str, data: _Data) -> None:
+    save_model(model, out)
+    _report(args, model, name, data)
+
+
+def _log(args: argparse.Namespace) -> Path:
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    return args.log
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+
+    shared = {"teacher": command("teacher", run_teacher), "student": command("student", run_student)}
+    shared |= {"eval": command("eval", run_eval)}
+    for sub in shared.values():
+        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        sub.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
+        sub.add_argument("--photos", type=Path, help="folder or tar of photo shards")
+    for sub in (shared["teacher"], shared["student"]):
+        sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
+        sub.add_argument("--text", type=Path, nargs="*", default=[], help="JSONL files of conversations")
+        sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--log", type=Path, default=Path("runs/distill.jsonl"))
+        sub.add_argument("--workers", type=int, default=8, help="processes that make image batches")
+        sub.add_argument("--eval-count", type=int, default=200, help="held-out questions a task after each stage")
+        sub.add_argument("--no-compile", dest="compile", action="store_false")
+    shared["teacher"].add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
+    shared["student"].add_argument("--teacher", required=True)
+    shared["student"].add_argument("--stages", default=",".join(STUDENT_STAGES), help="stages to run now")
+    shared["eval"].add_argument("model")
+    shared["eval"].add_argument("--count", type=int, default=200)
+    bundle = command("bundle", run_bundle)
+    bundle.add_argument("out", type=Path)
+    bundle.add_argument("models", nargs="+", metavar="NAME=DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What every source of training data yields, and the random numbers it is drawn with.
+
+A source has a method `sample(seed, index, attempt=0)` that depends on nothing but its arguments: the same (seed, index)
+gives the same sample in every process, so workers need no coordination and a resumed run can start at any index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast, get_args
+
+from PIL import Image
+
+Split = Literal["train", "val"]
+QA = tuple[str, str]  # question and answer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, about one picture or none.
+
+    image: Pillow image in mode RGB, or None for text alone.
+    turns: (question, answer) pairs, at least one, no empty strings.
+    task: what is asked, such as "shapes" or "photos"; for logs and tests.
+    """
+
+    image: Image.Image | None
+    turns: tuple[QA, ...]
+    task: str
+
+    def __post_init__(self) -> None:
+        if not self.turns or not all(question and answer for question, answer in self.turns):
+            raise ValueError(f"a sample of {self.task} has turns {self.turns!r}; each needs a question and an answer")
+        if self.image is not None and self.image.mode != "RGB":
+            raise ValueError(f'a sample of {self.task} has an image in mode "{self.image.mode}"; convert it to "RGB"')
+
+
+class Source(Protocol):
+    """Where samples come from; see the module's docstring.
+
+    `attempt` draws another sample for the same index, where the first could not be used.
+    """
+
+    name: str
+    split: Split
+
+    def sample(self, seed: int, index: int, attempt: int = 0) -> Sample: ...
+
+
+def rng_for(*parts: int | str) -> random.Random:
+    """A random generator that depends on `parts` alone. Text seeds are hashed, so nearby numbers do not correlate."""
+    return random.Random("/".join(map(str, parts)))
+
+
+def held_out(text: str, percent: int) -> bool:
+    """True for about `percent` of all texts, for ever the same ones: the rule behind every held-out split made here."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < percent
+
+
+def check_split(split: str) -> Split:
+    """Raises: ValueError if `split` is neither "train" nor "val"."""
+    if split not in get_args(Split):
+        raise ValueError(f'split "{split}" is not known; use "train" or "val"')
+    return cast(Split, split)
+
+
+def casual(rng: random.Random, question: str) -> str:
+    """Sometimes type like people do: no capital at the start, no mark at the end, American and British spelling."""
+    if rng.random() < 0.15:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.15:
+        question = question.rstrip("?.")
+    if rng.random() < 0.3:
+        question = question.replace("color", "colour").replace("Color", "Colour")
+    return question
+
+
+def with_article(noun: str) -> str:
+    """With "a" or "an", by spelling ("an orange star"), so for words where spelling tells."""
+    return ("an " if noun[0].lower() in "aeio" else "a ") + noun
+
+
+def join_words(words: Sequence[str]) -> str:
+    """One word, "a and b", or "a, b and c"."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def sentence(text: str) -> str:
+    """Upper-case the first letter (`str.capitalize` would lower-case the rest) and end with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def yes_no(truth: bool) -> str:
+    return "Yes." if truth else "No."

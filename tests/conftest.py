@@ -1,0 +1,93 @@
+"""Shared by all tests: exact float32, markers that need hardware, a tiny model with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+GOLDEN = Path(__file__).parent / "golden"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+# Golden values are float32: a TensorFloat-32 product would differ in the third digit.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers would otherwise fight for the same cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none here")
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Tiny models with the outputs of the reference implementation; see golden/README.md."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint directory: the golden `post` student with a tokenizer made up for its 160 ids."""
+    path = tmp_path_factory.mktemp("tiny") / "linear"
+    shutil.copytree(GOLDEN / "post" / "linear", path)
+    config = json.loads((path / "config.json").read_text())
+    config["template"] = "chatml"
+    (path / "config.json").write_text(json.dumps(config))
+    control = {
+        "<|endoftext|>": 0,
+        "<|im_start|>": 1,
+        "<|im_end|>": 2,
+        "<img>": 151,
+        "</img>": 152,
+        "<IMG_CONTEXT>": 153,
+    }
+    free = (i for i in range(160) if i not in control.values())
+    letters = ["Ġ", "Ċ", *map(chr, range(33, 127))]  # space, newline, printable ASCII
+    vocab = control | dict(zip(letters, free, strict=False))
+    vocab |= {f"<unused{i}>": i for i in free}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for name, i in control.items()
+        ],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, for tests marked `browser`."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            launched = playwright.chromium.launch(
+                executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            )
+        except sync_api.Error as error:
+            reason = f"no Chromium that starts (bash .ci/browser .venv/bin installs one): {str(error).splitlines()[0]}"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        yield launched
+        launched.close()

@@ -1,0 +1,116 @@
+"""A model of words for tests of the app: what it answers tells what its state has seen, and it fails on demand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from app.backend import ModelInfo, Progress
+from app.chat import FinishReason
+from app.engine import Settings
+
+STATE_BYTES = 5 * 2**20
+TOKENS_PER_TILE = 64
+
+
+@dataclass
+class FakeState:
+    """`seen`: every word and picture so far, in order; `nbytes` is constant, as a recurrent state's."""
+
+    seen: tuple[str, ...] = ()
+    num_image_tokens: int = 0
+    nbytes: int = STATE_BYTES
+
+    @property
+    def num_text_tokens(self) -> int:
+        return len(self.seen)
+
+    def clone(self) -> FakeState:
+        return replace(self)
+
+
+@dataclass(frozen=True)
+class FakeEvent:
+    reply: str
+    num_tokens: int
+    ttft_ms: float | None
+    tok_per_sec: float | None
+    finish_reason: FinishReason | None = None
+
+
+class FakeBackend:
+    """Answers with the words and the number of pictures of this turn, and the number of the turn.
+
+    A question may hold `[boom]` (fails after two words), `[long]` (200 words), `[count 5]` (so many words),
+    `[slow-read]` (takes a second to read). Every word of an answer takes `word_s` seconds.
+    """
+
+    def __init__(self, word_s: float = 0.0) -> None:
+        self.word_s = word_s
+        self.info = ModelInfo("fake", "linear", "cpu", "float32", 1, STATE_BYTES)
+
+    def new_state(self) -> FakeState:
+        return FakeState()
+
+    def tile(self, image: Image.Image, max_tiles: int | None) -> Sequence[Any]:
+        return [f"<{image.width}x{image.height}>"] * (max_tiles or 1)
+
+    def encode(self, text: str, image_tiles: Sequence[int], *, first: bool, images_before: int) -> Any:
+        opener = ["<begin>"] if first else ["<close>"]
+        return [*opener, f"<{images_before} images before>", *text.split()]
+
+    def stream(
+        self, ids: Any, tiles: Sequence[Any], state: FakeState, settings: Settings, cancel: threading.Event
+    ) -> Iterator[FakeEvent]:
+        text = " ".join(ids[2:])
+        if "[slow-read]" in text:
+            time.sleep(1.0)
+        for image_tiles in tiles:
+            state.seen += tuple(image_tiles)
+            state.num_image_tokens += TOKENS_PER_TILE * len(image_tiles)
+        state.seen += tuple(ids)
+        turn = state.seen.count("<begin>") + state.seen.count("<close>")
+        words = f"turn {turn} images {len(tiles)}: {text}".split()
+        if "[long]" in text:
+            words = [f"word{i}" for i in range(200)]
+        if settings.temperature > 1:
+            words.append("(hot)")
+        limit = settings.max_new_tokens
+        said: list[str] = []
+        started = time.monotonic()
+        rate = 0.0
+        reason: FinishReason = "stop" if len(words) <= limit else "length"
+        for word in words[:limit]:
+            if cancel.is_set():
+                reason = "cancel"
+                break
+            time.sleep(self.word_s)
+            if "[boom]" in text and len(said) == 2:
+                raise RuntimeError("a fault of the fake model in /srv/secret/place")
+            said.append(word)
+            state.seen += (word,)
+            rate = len(said) / max(time.monotonic() - started, 1e-6)
+            yield FakeEvent(" ".join(said), len(said), 12.0, rate)
+        yield FakeEvent(" ".join(said), len(said), 12.0 if said else None, rate if said else None, reason)
+
+
+class FakeLoader:
+    """A loader that takes `load_s` seconds, counts its calls, and fails the first `failures` of them."""
+
+    def __init__(self, word_s: float = 0.0, load_s: float = 0.0, failures: int = 0) -> None:
+        self.word_s, self.load_s, self.failures = word_s, load_s, failures
+        self.calls = 0
+
+    def __call__(self, model: str, device: str, dtype: str, progress: Progress) -> FakeBackend:
+        self.calls += 1
+        for step in range(4):
+            progress(step / 4, f"tensor {step + 1} of 4")
+            time.sleep(self.load_s / 4)
+        if self.calls <= self.failures:
+            raise OSError(f"no config.json in {model}")
+        return FakeBackend(self.word_s)

@@ -1,0 +1,273 @@
+"""The page's server: what it offers to scripts through `gradio_client`, what it keeps private, and what it shows."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from fakes import STATE_BYTES, FakeLoader
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+from app import views
+from app.backend import ModelInfo
+from app.chat import Chat, Metrics
+from app.engine import Engine, Limits, LoadStatus, Reply
+from app.ui import EXAMPLES, EXAMPLES_DIR, build, launch_options
+
+ROOT = Path(__file__).parents[1]
+LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
+ORANGES = EXAMPLES_DIR / "oranges.jpg"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("fake", loader=FakeLoader(0.01), limits=LIMITS)
+
+
+@pytest.fixture(scope="module")
+def demo(engine: Engine) -> Iterator[gr.Blocks]:
+    blocks = build(engine)
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    yield blocks
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def client(demo: gr.Blocks) -> Client:
+    return Client(demo.local_url, download_files=False, verbose=False)
+
+
+def message(text: str, *files: Path) -> dict[str, Any]:
+    return {"text": text, "files": [handle_file(str(file)) for file in files]}
+
+
+def ask(client: Client, text: str, *files: Path, **options: Any) -> list[dict[str, Any]]:
+    job = client.submit(message(text, *files), api_name="/chat", **options)
+    updates = list(job)
+    job.result()  # a failed stream only looks finished; this raises
+    return updates
+
+
+# /chat
+
+
+def test_chat_streams_json(client: Client) -> None:
+    updates = ask(client, "what is this", ORANGES)
+    assert len(updates) > 1
+    assert all(update["finish_reason"] is None for update in updates[:-1])
+    final = updates[-1]
+    assert final["text"] == "turn 1 images 1: what is this"
+    assert final["finish_reason"] == "stop"
+    assert len(final["session_id"]) > 15
+    metrics = final["metrics"]
+    assert metrics["image_tokens"] == 64
+    assert metrics["num_tiles"] == 1
+    assert metrics["state_bytes"] == STATE_BYTES
+    assert metrics["ttft_ms"] > 0
+    assert metrics["tok_per_sec"] > 0
+
+
+def test_session_id_goes_on_with_the_conversation(client: Client) -> None:
+    first = ask(client, "one", ORANGES)[-1]
+    second = ask(client, "two", session_id=first["session_id"])[-1]
+    assert second["text"] == "turn 2 images 0: two"
+    assert second["session_id"] == first["session_id"]
+    assert second["metrics"]["text_tokens"] > first["metrics"]["text_tokens"]
+    assert second["metrics"]["state_bytes"] == first["metrics"]["state_bytes"]
+    assert ask(client, "three")[-1]["text"] == "turn 1 images 0: three", "without the id a new one begins"
+
+
+def test_options_reach_the_model(client: Client) -> None:
+    assert ask(client, "x", temperature=1.5)[-1]["text"].endswith("(hot)")
+    reply = ask(client, "[long]", max_new_tokens=5)[-1]
+    assert (reply["text"], reply["finish_reason"]) == ("word0 word1 word2 word3 word4", "length")
+    assert ask(client, "x", ORANGES, max_tiles=3)[-1]["metrics"]["num_tiles"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "num_files", "options", "says"),
+    [
+        (" ", 0, {}, "empty"),
+        ("x" * 201, 0, {}, "201 characters; 200 fit"),
+        ("x", 3, {}, "3 images; 2 fit"),
+        ("x", 0, {"max_new_tokens": 65}, "65"),
+        ("x", 0, {"max_tiles": 5}, "5"),
+        ("x", 0, {"temperature": 3}, "3"),
+        ("x", 0, {"seed": -1}, "seed is -1"),
+        ("x", 0, {"session_id": "made up"}, "session_id is not known"),
+    ],
+)
+def test_limits_hold_for_scripts(client: Client, text: str, num_files: int, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(AppError, match=says):
+        ask(client, text, *[ORANGES] * num_files, **options)
+
+
+def test_bad_image_is_told_by_name_only(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "letter.jpg"
+    path.write_text("Dear Sir or Madam")
+    with pytest.raises(AppError, match=r"letter\.jpg") as caught:
+        ask(client, "what is this", path)
+    assert "/" not in str(caught.value).replace("letter.jpg", "")
+    other = tmp_path / "notes.txt"
+    other.write_text("no image")
+    with pytest.raises(AppError, match="Invalid file type"):
+        ask(client, "what is this", other)
+
+
+def test_files_of_the_server_cannot_be_read(client: Client) -> None:
+    stolen = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError):
+        client.predict({"text": "x", "files": [stolen]}, api_name="/chat")
+
+
+def test_fault_of_the_model_keeps_the_session(client: Client) -> None:
+    session_id = ask(client, "one")[-1]["session_id"]
+    with pytest.raises(AppError, match="went wrong inside the model") as caught:
+        ask(client, "[boom]", session_id=session_id)
+    assert "/srv" not in str(caught.value)
+    assert ask(client, "two", session_id=session_id)[-1]["text"] == "turn 2 images 0: two"
+
+
+def test_cancel_keeps_a_whole_turn(client: Client, engine: Engine) -> None:
+    session_id = ask(client, "one")[-1]["session_id"]
+    job = client.submit(message("[long]"), session_id=session_id, api_name="/chat")
+    for update in job:
+        if len(update["text"].split()) > 5:
+            job.cancel()
+            break
+    chat = engine.chats.get(("api", session_id))
+    assert chat is not None
+    for _ in range(100):
+        if len(chat.turns) == 2:
+            break
+        chat_turn = ask(client, "quick")[-1]  # anything that takes the lane after it
+        assert chat_turn["finish_reason"] == "stop"
+    assert chat.turns[1].finish_reason == "cancel"
+    assert 5 < len(chat.turns[1].reply.split()) < 64
+    assert ask(client, "two", session_id=session_id)[-1]["text"] == "turn 3 images 0: two"
+
+
+def test_only_chat_is_public(client: Client) -> None:
+    api = client.view_api(return_format="dict", print_info=False)
+    assert list(api["named_endpoints"]) == ["/chat"]
+    assert not api["unnamed_endpoints"]
+    parameters = [p["parameter_name"] for p in api["named_endpoints"]["/chat"]["parameters"]]
+    assert parameters == [
+        "message",
+        "session_id",
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "max_tiles",
+        "greedy",
+        "seed",
+    ]
+    assert all(p["parameter_has_default"] for p in api["named_endpoints"]["/chat"]["parameters"][1:])
+
+
+# What the page shows
+
+
+def test_page_names_no_other_host(demo: gr.Blocks) -> None:
+    config = str(demo.config)
+    for outside in ("googleapis", "gstatic", "cdn.jsdelivr"):
+        assert outside not in config
+    assert not demo.analytics_enabled
+
+
+def test_shipped_examples_are_images_with_sources() -> None:
+    sources = (EXAMPLES_DIR / "README.md").read_text()
+    for name, question in EXAMPLES:
+        assert question
+        assert (EXAMPLES_DIR / name).is_file()
+        assert name in sources, f"say in app/examples/README.md where {name} comes from"
+
+
+def test_figures_say_what_was_measured() -> None:
+    info = ModelInfo("nano", "linear", "cpu", "float32", 1, 3 << 20)
+    html = views.meter(Metrics(1234.0, 20.04, 9, 1, 90, 64, 6 << 20), info)
+    for text in ("1.23 s", "20.0", "154 tokens", "90 text + 64 image", "6.0 MiB", "stays this size at any length"):
+        assert text in html
+    assert "3.0 MiB" in views.meter(Metrics(), info), "an empty conversation has the empty state's size"
+    teacher = ModelInfo("t", "teacher", "cpu", "float32", 1, 0)
+    assert "grows with every token" in views.meter(Metrics(state_bytes=1), teacher)
+
+
+def test_what_is_shown_is_escaped() -> None:
+    assert "<b>" not in views.notice("<b>")
+    assert "<i>x" not in views.model_status(LoadStatus("failed", 0, "<i>x"), None, "m")
+    assert views.notice("") == ""
+
+
+@pytest.mark.parametrize(
+    ("reply", "shows"),
+    [
+        (Reply(ahead=2), "2 messages come first"),
+        (Reply(ahead=1), "one message comes first"),
+        (Reply(stage="loading", progress=0.4, note="tensor 4 of 10"), "40%: tensor 4 of 10"),
+        (Reply(stage="reading"), "Reading"),
+        (Reply("It is **red**.", "writing"), "It is **red**."),
+        (Reply(stage="done", finish_reason="stop"), "no answer"),
+    ],
+)
+def test_stages_of_an_answer_are_shown(reply: Reply, shows: str) -> None:
+    assert shows in views.reply_text(reply)
+
+
+def test_messages_hold_pictures_then_words() -> None:
+    user = views.user_message("what", ["/tmp/a.png"])
+    assert user == {"role": "user", "content": [{"path": "/tmp/a.png", "alt_text": "a.png"}, "what"]}
+    assert views.messages(Chat()) == []
+
+
+# The command
+
+
+def load_command() -> Any:
+    """app.py as a module: the package of the same name hides it from `import`."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("app_command", ROOT / "app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = lambda *args: load_command().parser().parse_args(args)  # noqa: E731
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7999")
+    monkeypatch.setenv("MMMAMBA_MAX_TILES", "3")
+    args = parse()
+    assert (args.host, args.port, args.max_tiles, args.model) == ("0.0.0.0", 7999, 3, "nano")
+    args = parse("--port", "8000", "--max-tiles", "5", "--device", "cpu")
+    assert (args.port, args.max_tiles, args.device) == (8000, 5, "cpu")
+
+
+def test_command_refuses_a_limit_below_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_command().main(["--max-images", "0"])
+    assert "--max-images is 0; use 1 or more" in capsys.readouterr().err
+
+
+def test_importing_the_page_loads_no_torch() -> None:
+    """The page opens before torch is imported; a model's loading does that."""
+    code = "import sys, app.ui; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_help_is_quick_and_complete() -> None:
+    parser: argparse.ArgumentParser = load_command().parser()
+    text = parser.format_help()
+    for flag in ("--model", "--device", "--dtype", "--host", "--port", "--share", "--max-new-tokens"):
+        assert flag in text

@@ -1,0 +1,506 @@
+"""The engine without Gradio: whole turns, stop, faults, order, memory; over a fake model, and a tiny real one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import STATE_BYTES, FakeLoader
+from PIL import Image
+
+from app.backend import MMMambaBackend, load_backend
+from app.chat import Chat, ChatStore, Metrics, Turn
+from app.engine import BEAT_S, Engine, EngineError, Limits, Reply, Settings
+from app.lane import Lane, LaneFull
+from mmmamba import load_model
+from mmmamba.tokenizer import StreamDecoder
+
+GREEDY = Settings(greedy=True, max_new_tokens=12)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "square.png"
+    Image.new("RGB", (60, 40), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def not_a_picture(tmp_path: Path) -> Path:
+    path = tmp_path / "letter.jpg"
+    path.write_text("Dear Sir or Madam")
+    return path
+
+
+def engine_of(word_s: float = 0.0, **kwargs: Any) -> Engine:
+    loader = kwargs.pop("loader", None) or FakeLoader(word_s)
+    return Engine("/srv/models/fake", loader=loader, **kwargs)
+
+
+def last(replies: Any) -> Reply:
+    return list(replies)[-1]
+
+
+def start(engine: Engine, chat: Chat, text: str, into: list[Any]) -> threading.Thread:
+    """Answer in a thread; replies, or the error, go to `into`."""
+
+    def run() -> None:
+        try:
+            for reply in engine.reply(chat, text):
+                into.append(reply)
+        except EngineError as error:
+            into.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def wait_for(condition: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.005)
+
+
+# Answers
+
+
+def test_reply_streams_text_and_figures(picture: Path) -> None:
+    engine, chat = engine_of(0.03), Chat()
+    replies = list(engine.reply(chat, "what is this", [picture], Settings(max_tiles=3)))
+    final = replies[-1]
+    assert final.text == "turn 1 images 1: what is this"
+    assert (final.stage, final.finish_reason) == ("done", "stop")
+    texts = [reply.text for reply in replies]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert len(set(texts)) >= 4, "the answer came in one piece"
+    metrics = final.metrics
+    assert metrics.num_tiles == 3
+    assert metrics.image_tokens == 3 * 64
+    assert metrics.text_tokens == chat.turns[0].state.num_text_tokens > 0
+    assert metrics.state_bytes == STATE_BYTES
+    assert metrics.ttft_ms is not None
+    assert metrics.ttft_ms >= 12
+    assert metrics.num_tokens == 7
+
+
+def test_next_turn_starts_from_the_kept_state(picture: Path) -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(chat, "one", [picture]))
+    assert last(engine.reply(chat, "two")).text == "turn 2 images 0: two"
+    seen = chat.turns[1].state.seen
+    first = chat.turns[0].state.seen
+    assert seen[: len(first)] == first, "the second turn must go on from the first one's state"
+    assert seen.count("<begin>") == 1
+    assert "<1 images before>" in seen
+    assert seen[len(first)] == "<close>", "only the new turn is read"
+
+
+def test_length_limit_is_reported() -> None:
+    chat = Chat()
+    reply = last(engine_of().reply(chat, "[long]", settings=Settings(max_new_tokens=5)))
+    assert (reply.finish_reason, reply.metrics.num_tokens) == ("length", 5)
+    assert chat.turns[0].finish_reason == "length"
+
+
+def test_retry_replaces_the_last_turn_from_the_state_before_it(picture: Path) -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(chat, "one", [picture]))
+    last(engine.reply(chat, "two", [picture]))
+    before = chat.turns[0]
+    reply = last(engine.retry(chat, Settings(temperature=1.5)))
+    assert reply.text == "turn 2 images 1: two (hot)"
+    assert [turn.text for turn in chat.turns] == ["one", "two"]
+    assert chat.turns[0] is before
+    assert chat.turns[1].state.seen.count("two") == 2  # asked once, answered once
+
+
+def test_retry_of_nothing_says_so() -> None:
+    with pytest.raises(EngineError, match="nothing to answer again"):
+        last(engine_of().retry(Chat()))
+
+
+def test_two_interleaved_chats_equal_two_separate_ones() -> None:
+    def talk(engine: Engine, chats: list[Chat]) -> list[Any]:
+        for text in ("a", "b", "c"):
+            for i, chat in enumerate(chats):
+                last(engine.reply(chat, f"{text}{i}"))
+        return [chat.turns[-1].state.seen for chat in chats]
+
+    together = talk(engine_of(), [Chat(), Chat()])
+    apart = [talk(engine_of(), [Chat(), Chat()])[i] for i in (0, 1)]
+    assert together == apart
+    assert together[0] != together[1]
+
+
+def test_ten_at_once_all_finish_and_never_mix() -> None:
+    engine = engine_of(0.02)
+    chats = [Chat() for _ in range(10)]
+    outs: list[list[Any]] = [[] for _ in chats]
+    threads = [start(engine, chat, f"mine{i}", outs[i]) for i, chat in enumerate(chats)]
+    for thread in threads:
+        thread.join(20)
+    assert [out[-1].text for out in outs] == [f"turn 1 images 0: mine{i}" for i in range(10)]
+    assert any(reply.ahead > 0 for out in outs for reply in out), "nobody was told that others come first"
+
+
+# Stop
+
+
+def test_stop_keeps_a_whole_turn_of_exactly_what_is_shown() -> None:
+    engine, chat = engine_of(0.02), Chat()
+    shown = ""
+    for reply in engine.reply(chat, "[long]"):
+        shown = reply.text
+        if len(shown.split()) >= 5:
+            chat.stop()
+    assert reply.finish_reason == "cancel"
+    assert 5 <= len(shown.split()) < 200
+    turn = chat.turns[0]
+    assert turn.reply == shown
+    assert turn.state.seen[-len(shown.split()) :] == tuple(shown.split())
+    assert last(engine.reply(chat, "go on")).text == "turn 2 images 0: go on"
+
+
+def test_stop_acts_within_half_a_second_even_while_reading() -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(Chat(), "load the model"))
+    out: list[Any] = []
+    thread = start(engine, chat, "[slow-read]", out)
+    wait_for(lambda: out and out[-1].stage == "reading")
+    stopped = time.monotonic()
+    chat.stop()
+    thread.join(5)
+    assert time.monotonic() - stopped < 0.5
+    assert (out[-1].text, out[-1].finish_reason) == ("", "cancel")
+    assert last(engine.reply(chat, "after")).text == "turn 1 images 0: after", "nothing was kept of the stopped turn"
+
+
+def test_stop_before_the_first_word_of_a_retry_keeps_the_old_answer() -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(chat, "[slow-read] one"))
+    old = chat.turns[0]
+    for reply in engine.retry(chat):
+        if reply.stage == "reading":
+            chat.stop()
+    assert chat.turns == [old]
+
+
+def test_stop_while_waiting_leaves_the_queue() -> None:
+    engine, chat = engine_of(0.004), Chat()
+    out: list[Any] = []
+    busy = start(engine, Chat(), "[long]", out)
+    wait_for(lambda: out and out[-1].text)
+    cancel = threading.Event()
+    waiting = engine.reply(chat, "me", cancel=cancel)
+    assert next(waiting).ahead == 1
+    cancel.set()
+    assert last(waiting).finish_reason == "cancel"
+    assert not chat.turns
+    busy.join(10)
+    assert out[-1].finish_reason == "stop", "stopping one must not touch another"
+
+
+def test_closing_the_iterator_stops_the_answer() -> None:
+    engine, chat = engine_of(0.01), Chat()
+    replies = engine.reply(chat, "[long]")
+    for reply in replies:
+        if len(reply.text.split()) > 3:
+            break
+    replies.close()
+    assert not chat.busy
+    wait_for(lambda: chat.turns)
+    assert chat.turns[0].finish_reason == "cancel"
+    assert 3 < len(chat.turns[0].reply.split()) < 150
+
+
+def test_updates_come_neither_too_often_nor_too_seldom() -> None:
+    engine, chat = engine_of(0.004), Chat()
+    last(engine.reply(chat, "load"))
+    times = [time.monotonic() for _ in engine.reply(chat, "[slow-read] [long]")]
+    gaps = [after - before for before, after in itertools.pairwise(times)][:-1]
+    assert sorted(gaps)[len(gaps) // 20] > 0.04, "updates come more often than every 50 ms"
+    assert sorted(gaps)[-len(gaps) // 10] < BEAT_S + 0.1
+
+
+# Faults leave the conversation as it was
+
+
+def test_fault_of_the_model_rolls_back_and_tells_no_secrets() -> None:
+    engine, chat = engine_of(0.002), Chat()
+    last(engine.reply(chat, "one"))
+    turns = list(chat.turns)
+    seen = turns[0].state.seen
+    with pytest.raises(EngineError) as caught:
+        last(engine.reply(chat, "[boom]"))
+    assert "/srv" not in str(caught.value)
+    assert chat.turns == turns
+    assert chat.turns[0].state.seen == seen
+    assert last(engine.reply(chat, "two")).text == "turn 2 images 0: two"
+
+
+def test_bad_image_is_named_without_its_place(picture: Path, not_a_picture: Path) -> None:
+    engine, chat = engine_of(), Chat()
+    with pytest.raises(EngineError, match=r"letter\.jpg") as caught:
+        last(engine.reply(chat, "what is this", [picture, not_a_picture]))
+    assert caught.value.image == 1
+    assert str(not_a_picture.parent) not in str(caught.value)
+    with pytest.raises(EngineError, match=r"gone\.png") as caught:
+        last(engine.reply(chat, "what is this", [picture.with_name("gone.png")]))
+    assert str(picture.parent) not in str(caught.value)
+    assert not chat.turns
+
+
+def test_bad_image_is_reported_before_a_long_wait(not_a_picture: Path) -> None:
+    engine, other = engine_of(0.02), Chat()
+    out: list[Any] = []
+    busy = start(engine, other, "[long]", out)
+    wait_for(lambda: out and out[-1].text)
+    with pytest.raises(EngineError, match="letter"):
+        last(engine.reply(Chat(), "what is this", [not_a_picture]))
+    assert busy.is_alive(), "the fault was told only after the others' answers"
+    other.stop()
+    busy.join(20)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "settings", "says"),
+    [
+        ("  \n", 0, {}, "empty"),
+        ("x" * 101, 0, {}, "101 characters; 100 fit"),
+        ("x", 3, {}, "3 images; 2 fit"),
+        ("x", 0, {"max_new_tokens": 65}, "max_new_tokens is 65; this server allows up to 64"),
+        ("x", 0, {"max_tiles": 5}, "max_tiles is 5; this server allows up to 4"),
+    ],
+)
+def test_limits_are_checked(picture: Path, text: str, num_images: int, settings: dict[str, Any], says: str) -> None:
+    engine = engine_of(limits=Limits(max_text_chars=100, max_images=2, max_tiles=4, max_new_tokens=64))
+    chosen = Settings.from_dict({"max_new_tokens": 8} | settings)
+    chat = Chat()
+    with pytest.raises(EngineError, match=says):
+        last(engine.reply(chat, text, [picture] * num_images, chosen))
+    assert not chat.turns
+    assert not chat.busy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "warm"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("max_tiles", -1),
+        ("seed", -1),
+        ("greedy", "yes"),
+        ("style", "baroque"),
+    ],
+)
+def test_settings_are_checked_by_name(name: str, value: Any) -> None:
+    with pytest.raises(EngineError, match=name):
+        Settings.from_dict({name: value})
+
+
+def test_whole_numbers_from_a_page_may_be_floats() -> None:
+    settings = Settings.from_dict({"max_new_tokens": 16.0, "seed": 3.0})
+    assert (settings.max_new_tokens, settings.seed) == (16, 3)
+
+
+def test_too_many_waiting_is_said() -> None:
+    engine = engine_of(0.02, max_waiting=1)
+    outs: list[list[Any]] = [[], []]
+    first, second = Chat(), Chat()
+    threads = [start(engine, first, "[long]", outs[0])]
+    wait_for(lambda: outs[0] and outs[0][-1].text)
+    threads.append(start(engine, second, "x", outs[1]))
+    wait_for(lambda: outs[1])
+    with pytest.raises(EngineError, match="1 messages wait"):
+        last(engine.reply(Chat(), "y"))
+    first.stop()
+    for thread in threads:
+        thread.join(10)
+    assert outs[1][-1].finish_reason == "stop"
+
+
+# Loading
+
+
+def test_loads_once_with_visible_progress() -> None:
+    loader = FakeLoader(load_s=0.4)
+    engine, chat = engine_of(loader=loader), Chat()
+    assert (loader.calls, engine.info) == (0, None), "nothing is loaded before it is asked for"
+    stages = [reply for reply in engine.reply(chat, "hello") if reply.stage == "loading"]
+    assert {reply.note for reply in stages} >= {"tensor 2 of 4", "tensor 3 of 4"}
+    assert sorted(reply.progress for reply in stages) == [reply.progress for reply in stages]
+    last(engine.reply(chat, "again"))
+    assert loader.calls == 1
+    assert engine.info is not None
+    assert engine.info.name == "fake"
+
+
+def test_warm_loads_in_the_background_once() -> None:
+    loader = FakeLoader(load_s=0.1)
+    engine = engine_of(loader=loader)
+    for _ in range(3):
+        engine.warm()
+    wait_for(lambda: engine.status.stage == "ready")
+    engine.warm()
+    assert last(engine.reply(Chat(), "hello")).text == "turn 1 images 0: hello"
+    assert loader.calls == 1
+
+
+def test_failed_load_is_told_and_tried_again() -> None:
+    engine, chat = engine_of(loader=FakeLoader(failures=1)), Chat()
+    with pytest.raises(EngineError, match=r'"fake" could not be loaded: no config\.json in fake') as caught:
+        last(engine.reply(chat, "hello"))
+    assert "/srv" not in str(caught.value)
+    assert engine.status.stage == "failed"
+    assert last(engine.reply(chat, "hello")).finish_reason == "stop"
+    assert engine.status.stage == "ready"
+
+
+def test_unknown_dtype_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="float8"):
+        Engine(dtype="float8")
+
+
+# Lane and store
+
+
+def test_lane_keeps_the_order_and_outlives_a_failed_job() -> None:
+    lane, ran, go = Lane(max_waiting=3), [], threading.Event()
+    lane.submit(lambda: go.wait(5) and None)
+    wait_for(lambda: not lane._waiting)
+    lane.submit(lambda: 1 / 0 and None)
+    dropped = lane.submit(lambda: ran.append("dropped"))
+    job = lane.submit(lambda: ran.append("last"))
+    with pytest.raises(LaneFull):
+        lane.submit(lambda: None)
+    assert (lane.ahead(dropped), lane.ahead(job)) == (2, 3)
+    assert lane.drop(dropped)
+    assert not lane.drop(dropped)
+    assert lane.ahead(job) == 2
+    go.set()
+    wait_for(lambda: lane.idle)
+    assert ran == ["last"]
+
+
+def turn_with_state(engine: Engine) -> Turn:
+    chat = Chat()
+    last(engine.reply(chat, "x"))
+    return chat.turns[0]
+
+
+def test_store_forgets_old_snapshots_first_then_idle_chats() -> None:
+    turn = turn_with_state(engine_of())
+    store = ChatStore(max_bytes=5 * STATE_BYTES)
+    chats = [store.new(("tab", str(i))) for i in range(3)]
+    for chat in chats[:2]:
+        chat.turns = [turn] * 4
+    store.trim()
+    assert chats[0].nbytes == 2 * STATE_BYTES
+    assert chats[0].turns[0].state is None
+    with pytest.raises(EngineError, match="Turn 2 is too far back"):
+        chats[0].state_before(1)
+    assert chats[0].state_before(3) is turn.state, "the last question can still be answered again"
+    chats[2].turns = [turn] * 2
+    store.trim()
+    assert store.get(("tab", "0")) is None, "the longest unused goes first"
+    assert store.get(("tab", "1")) is chats[1]
+    assert store.get(("tab", "2")) is chats[2]
+
+
+def test_store_bounds_the_number_of_chats_but_keeps_those_at_work() -> None:
+    store = ChatStore(max_chats=2)
+    with store.new(("tab", "0")).running(threading.Event()):
+        for i in (1, 2):
+            store.new(("tab", str(i)))
+        assert store.get(("tab", "0")) is not None
+        assert store.get(("tab", "1")) is None
+        assert len(store) == 2
+
+
+def test_replaced_chat_is_stopped() -> None:
+    store, cancel = ChatStore(), threading.Event()
+    with store.new(("tab", "0")).running(cancel):
+        store.new(("tab", "0"))
+    assert cancel.is_set()
+
+
+def test_metrics_default_to_nothing_measured() -> None:
+    assert Metrics().ttft_ms is None
+    assert Metrics().tok_per_sec is None
+
+
+# A real model behind it
+
+
+@pytest.fixture
+def real(tiny_dir: Path) -> Engine:
+    return Engine(str(tiny_dir), "cpu", "float32")
+
+
+def test_real_model_is_described(tiny_dir: Path) -> None:
+    backend = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None)
+    info = backend.info
+    assert (info.kind, info.device, info.dtype) == ("linear", "cpu", "float32")
+    assert info.state_bytes == backend.new_state().nbytes > 0
+
+
+def test_real_state_has_seen_exactly_the_visible_conversation(
+    tiny_dir: Path, real: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns, the first one stopped: the kept state equals one fresh pass over prompts and shown tokens."""
+    tokens: list[int] = []
+    push = StreamDecoder.push
+
+    def recorded(self: StreamDecoder, token: int) -> str:
+        tokens.append(token)
+        if len(tokens) == 3:
+            chat.stop()
+        return push(self, token)
+
+    monkeypatch.setattr(StreamDecoder, "push", recorded)
+    chat = Chat()
+    last(real.reply(chat, "What is it?", [picture], GREEDY))
+    first_reply = list(tokens)
+    last(real.reply(chat, "And now <|im_end|>?", settings=GREEDY))
+    monkeypatch.undo()  # decoding a whole reply would be recorded too
+    one, two = chat.turns
+    assert one.finish_reason == "cancel"
+
+    backend = MMMambaBackend(load_model(tiny_dir), "tiny")
+    assert backend.tokenizer.decode(first_reply) == one.reply
+    assert (len(first_reply), len(tokens)) == (one.metrics.num_tokens, one.metrics.num_tokens + two.metrics.num_tokens)
+    tiles = backend.tile(Image.open(picture), None)
+    ids = backend.encode(one.text, [len(tiles)], first=True, images_before=0) + first_reply
+    ids += backend.encode(two.text, [], first=False, images_before=1) + tokens[len(first_reply) :]
+    state = backend.model.new_state()
+    with torch.inference_mode():
+        backend.model(torch.tensor([ids]), tiles, state)
+
+    kept: Any = two.state
+    assert (kept.seqlen, kept.num_image_tokens) == (len(ids), state.num_image_tokens)
+    assert two.metrics.text_tokens + two.metrics.image_tokens == len(ids)
+    assert two.metrics.state_bytes == backend.info.state_bytes, "the memory of a linear model grew"
+    for name, tensor in state.tensors().items():
+        error = (tensor - kept.tensors()[name]).norm() / tensor.norm().clamp(min=1e-12)
+        assert error < 1e-4, f"{name} differs from a fresh pass by {error:.2e}"
+
+
+def test_real_answers_repeat_with_a_seed_and_after_retry(real: Engine) -> None:
+    chat, settings = Chat(), Settings(temperature=1.0, seed=7, max_new_tokens=12)
+    first = last(real.reply(chat, "Hello", settings=settings)).text
+    assert first
+    assert last(real.retry(chat, settings)).text == first
+    assert last(real.retry(chat, Settings(temperature=1.0, seed=8, max_new_tokens=12))).text != first
