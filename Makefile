@@ -9,7 +9,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CODE := app.py app benchmarks distill mmmamba quantize tests
+PACKAGES := $(foreach p,app benchmarks distill mmmamba quantize,$(if $(wildcard $(p)/*.py),$(p)))
+CODE := app.py $(PACKAGES) tests
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint typecheck format bench clean
@@ -29,7 +30,7 @@ lint: $(VENV)/.installed-dev ## style and common mistakes (ruff)
 	$(BIN)/ruff format --check $(CODE)
 
 typecheck: $(VENV)/.installed-dev ## types (mypy)
-	$(BIN)/mypy
+	$(BIN)/mypy $(PACKAGES:%=-p %)
 
 format: $(VENV)/.installed-dev ## rewrite in the project's style
 	$(BIN)/ruff check --fix $(CODE)

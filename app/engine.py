@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -369,17 +370,16 @@ class Engine:
                 self._backend = self._loader(self.model, self.device, self.dtype, progress)
             except Exception as error:
                 log.exception("loading the model failed")
-                name = Path(self.model).name
                 reason = str(error) if isinstance(error, OSError) else _plain(error)
-                message = f'The model "{name}" could not be loaded: {reason.replace(self.model, name)}'
-                self.status = LoadStatus("failed", 0.0, message)
-                raise EngineError(message) from error
+                note = f"could not be loaded: {_without_folders(reason)}"
+                self.status = LoadStatus("failed", 0.0, note)
+                raise EngineError(f'The model "{Path(self.model).name}" {note}') from error
             self.status = LoadStatus("ready", 1.0, "")
         return self._backend
 
 
 def _open(image: str | Path, index: int) -> Any:
-    """Decode an image. Raises: EngineError that names the file, without its place on the server."""
+    """Decode an image. Raises: EngineError that names the file."""
     from mmmamba.image import ImageError, load_image
 
     name = Path(image).name
@@ -395,5 +395,10 @@ def _plain(error: Exception) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
         return "There is not enough memory for this. Use fewer or smaller images, fewer tiles, or a new chat."
     if isinstance(error, ValueError):
-        return str(error)
+        return _without_folders(str(error))
     return "Something went wrong inside the model; the conversation is as it was. The server's log has the details."
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths cut to their last part: where things lie on the server is not for its visitors."""
+    return re.sub(r"""(?<![\w:/.])(?:[A-Z]:\\|/)(?:[^\s/\\:;,"']+[/\\])+(?=[^\s/\\:;,"'])""", "", text)

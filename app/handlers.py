@@ -15,7 +15,7 @@ from app.engine import Engine, EngineError, Reply, Settings
 
 log = logging.getLogger(__name__)
 
-ASK_WITHOUT_WORDS = "What is in this picture?"
+ASK_WITHOUT_WORDS = "What is in the picture?"
 UNEXPECTED = "Something went wrong on the server. Nothing of the conversation is lost; try again."
 BUSY = "An answer is being written. Wait for it, or stop it first."
 NOTHING_YET = "Stopped before the first word; the conversation is as it was."
@@ -127,10 +127,8 @@ class Handlers:
         reply, shown, metrics, bad = Reply(), "", Metrics(), None
         try:
             for reply in start():
-                if reply.stage == "done":
-                    break
-                if self.engine.chats.get(key) is not chat:
-                    return
+                if reply.stage == "done" or self.engine.chats.get(key) is not chat:
+                    continue  # whatever comes to an end is told below
                 text = views.reply_text(reply)
                 # An update without news costs nothing, and lets a closed page end this generator.
                 history = gr.skip() if text == shown else [*above, _assistant(text)]
@@ -144,10 +142,14 @@ class Handlers:
             fault = UNEXPECTED
         else:
             fault = "" if reply.text or reply.finish_reason != "cancel" else NOTHING_YET
-        if self.engine.chats.get(key) is not chat:
-            return  # cleared meanwhile: the page shows a new conversation
-        if fault:
-            last = chat.turns[-1].metrics if chat.turns else Metrics()
+        now = self.engine.chats.get(key)
+        if now is None:
+            return  # the tab is closed
+        last = now.turns[-1].metrics if now.turns else Metrics()
+        if now is not chat:
+            # Cleared meanwhile. Said once more, as the browser gets this generator's last update after that of `clear`.
+            yield box_open(), views.messages(now), self._meter(last), ""
+        elif fault:
             yield give_back(bad), views.messages(chat), self._meter(last), views.notice(fault)
         else:
             answer = _assistant(views.reply_text(reply))
@@ -203,6 +205,7 @@ class Handlers:
         "image_tokens", "state_bytes"), "session_id" (pass it with the next message to go on)}.
         """
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
+        chat: Chat | None = None
         try:
             settings = _settings(temperature, top_p, max_new_tokens, max_tiles, greedy) | {"seed": seed}
             session_id = str(session_id or "").strip()
@@ -222,6 +225,8 @@ class Handlers:
                     "session_id": session_id,
                 }
         except EngineError as error:
+            if chat is not None and not chat.turns:
+                self.engine.chats.drop(("api", session_id))
             raise gr.Error(str(error), print_exception=False) from error
 
 

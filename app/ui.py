@@ -18,8 +18,8 @@ EXAMPLES_DIR = Path(__file__).with_name("examples")
 EXAMPLES = (
     ("shapes.png", "How many circles are there?"),
     ("scene.png", "Describe the picture."),
-    ("oranges.jpg", "What is in this picture?"),
-    ("sunflower.jpg", "What flower is this?"),
+    ("oranges.jpg", "What is in the picture?"),
+    ("sunflower.jpg", "What is this?"),
 )
 INTRO = (
     "Ask about a picture. mmMamba reads images and words into a memory of constant size: "
@@ -28,8 +28,16 @@ INTRO = (
 HELLO = (
     '<div class="hello"><b>Upload or paste a picture and ask about it,</b><br>or begin with one of the examples.</div>'
 )
-# The message box has a visible label for nobody, so it gets one for screen readers.
-LABEL_BOX = "() => document.querySelector('#box textarea')?.setAttribute('aria-label', 'Your message')"
+# Names for screen readers where Gradio leaves them out: the message box, and pictures in the conversation.
+NAME_PARTS = """() => {
+    const name = () => {
+        document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
+        for (const picture of document.querySelectorAll('#chat img[alt=""]'))
+            picture.alt = decodeURIComponent(picture.src.split("/").pop());
+    };
+    name();
+    new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+}"""
 FOCUS = "() => document.querySelector('#box textarea')?.focus({ preventScroll: true })"
 MAX_FILE_SIZE = "20mb"  # as mmmamba.image takes them
 SLIDER: dict[str, Any] = {"buttons": []}
@@ -110,7 +118,7 @@ def _wire(
     chat.clear(handlers.clear, None, page, queue=False, **private)
     timer = gr.Timer(0.5)
     timer.tick(handlers.tick, None, [status, timer], queue=False, **private)
-    demo.load(handlers.opened, None, [status, meter], queue=False, js=LABEL_BOX, **private)
+    demo.load(handlers.opened, None, [status, meter], queue=False, js=NAME_PARTS, **private)
     demo.unload(handlers.forget)
 
 

@@ -1,8 +1,12 @@
-"""Records of measurements: how they are summed up, kept and shown."""
+"""Records of measurements: how they are summed up, kept and shown.
+
+python -m benchmarks.report benchmarks/results/decode-cpu.json     # a Markdown table, for the README
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,3 +63,23 @@ def save(records: Iterable[Record], path: Path) -> None:
 
 def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.1f}"
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """A table for people: one row a point, those of one context beside each other."""
+    rows = [
+        "| context | model | ms a token (20 % to 80 %) | floor, ms | tokens/s | state or cache, MiB | peak, MiB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in sorted(records, key=lambda r: (r.device, r.dtype, r.batch, r.context)):
+        batch = "" if r.batch == 1 else f", batch {r.batch}"
+        rows.append(
+            f"| {r.context:,} | {r.what}, {r.dtype}{batch} | {r.ms:.1f} ({r.p20_ms:.1f} to {r.p80_ms:.1f}) "
+            f"| {r.floor_ms:.1f} | {r.tok_per_sec:,.1f} | {mib(r.cache_bytes)} | {mib(r.peak_bytes)} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(markdown(Record(**r) for r in json.loads(Path(name).read_text(encoding="utf-8"))))

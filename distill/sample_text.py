@@ -48,9 +48,9 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[tor
     return ids, mask
 
 
-def until_end(tokenizer: Tokenizer, row: list[int], end: int) -> str | None:
-    """Text up to the end token, or None if the model did not finish."""
-    return tokenizer.decode(row[: row.index(end)]).strip() if end in row else None
+def until_end(tokenizer: Tokenizer, row: list[int], end: int) -> str:
+    """Text up to the end token, or all of it: an answer cut short serves to match distributions as well."""
+    return tokenizer.decode(row[: row.index(end)] if end in row else row).strip()
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--max-answer-tokens", type=int, default=180)
+    parser.add_argument("--max-answer-tokens", type=int, default=160)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
         openers = [rng.choice(OPENERS) for _ in range(args.batch)]
         prompts = [encode_prompt(tokenizer, o) for o in openers]
         ids, mask = pad_left(prompts, end, torch.device(args.device))
-        drawn = draw(base, ids, mask, end, 48, rng.randrange(2**31)).tolist()
+        drawn = draw(base, ids, mask, end, 64, rng.randrange(2**31)).tolist()
         rows = [
             (prompt + row[: row.index(end) + 1] + newline, (o + tokenizer.decode(row[: row.index(end)])).strip())
             for prompt, row, o in zip(prompts, drawn, openers, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -11,48 +13,56 @@ SCALE = 4  # drawn larger and reduced, for smooth edges
 EXAMPLES_DIR = Path(__file__).parents[1] / "app" / "examples"
 
 
-def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (SIDE_PX * SCALE, SIDE_PX * SCALE), colour)
-    return image, ImageDraw.Draw(image)
+RED, GREEN, BLUE, PURPLE = "#d71e23", "#23963c", "#2355d7", "#7d2da5"
 
 
-def box(x: float, y: float, size: float) -> tuple[float, float, float, float]:
-    """Corners of a square around (x, y), all as fractions of the side."""
-    side = SIDE_PX * SCALE
-    return (x - size / 2) * side, (y - size / 2) * side, (x + size / 2) * side, (y + size / 2) * side
+class Canvas:
+    """A square picture; centres and radii are fractions of its side."""
+
+    def __init__(self, background: str) -> None:
+        self.image = Image.new("RGB", (SIDE_PX * SCALE, SIDE_PX * SCALE), background)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def circle(self, x: float, y: float, radius: float, colour: str) -> None:
+        self._draw.ellipse([v * SIDE_PX * SCALE for v in (x - radius, y - radius, x + radius, y + radius)], fill=colour)
+
+    def polygon(self, x: float, y: float, radii: Sequence[float], colour: str, turn: float = 0.0) -> None:
+        """Corners at equal angles, the first one `turn` (of a full turn) from the top, at these distances."""
+        points = []
+        for i, radius in enumerate(radii):
+            angle = 2 * math.pi * (turn + i / len(radii))
+            points.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
+        self._draw.polygon([(u * SIDE_PX * SCALE, v * SIDE_PX * SCALE) for u, v in points], fill=colour)
+
+    def save(self, name: str) -> None:
+        small = self.image.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+        small.save(EXAMPLES_DIR / name, optimize=True)
 
 
-def triangle(draw: ImageDraw.ImageDraw, x: float, y: float, size: float, colour: str) -> None:
-    left, top, right, bottom = box(x, y, size)
-    draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
-
-
-def shapes() -> Image.Image:
+def shapes() -> Canvas:
     """Three red circles and a blue square on white."""
-    image, draw = canvas("white")
+    canvas = Canvas("white")
     for x, y in ((0.27, 0.27), (0.71, 0.30), (0.31, 0.73)):
-        draw.ellipse(box(x, y, 0.27), fill="#dc2626")
-    draw.rectangle(box(0.73, 0.73, 0.25), fill="#2563eb")
-    return image
+        canvas.circle(x, y, 0.13, RED)
+    canvas.polygon(0.73, 0.73, [0.17] * 4, BLUE, turn=1 / 8)
+    return canvas
 
 
-def scene() -> Image.Image:
-    """A house of shapes under a sun: square, triangle, circle."""
-    image, draw = canvas("#dbeafe")
-    side = SIDE_PX * SCALE
-    draw.rectangle((0, 0.78 * side, side, side), fill="#65a30d")
-    draw.rectangle((0.22 * side, 0.45 * side, 0.62 * side, 0.82 * side), fill="#f59e0b")
-    triangle(draw, 0.42, 0.33, 0.52, "#b91c1c")
-    draw.rectangle((0.22 * side, 0.45 * side, 0.62 * side, 0.82 * side), fill="#f59e0b")
-    draw.rectangle((0.37 * side, 0.60 * side, 0.47 * side, 0.82 * side), fill="#78350f")
-    draw.ellipse(box(0.82, 0.20, 0.20), fill="#facc15")
-    return image
+def scene() -> Canvas:
+    """Two green triangles, a purple star, a red circle, and two blue squares on pale grey-blue."""
+    canvas = Canvas("#e6eef7")
+    canvas.polygon(0.22, 0.25, [0.15] * 3, GREEN)
+    canvas.polygon(0.79, 0.74, [0.15] * 3, GREEN)
+    canvas.polygon(0.54, 0.24, [0.15, 0.062] * 5, PURPLE)
+    canvas.circle(0.50, 0.62, 0.13, RED)
+    canvas.polygon(0.82, 0.36, [0.14] * 4, BLUE, turn=1 / 8)
+    canvas.polygon(0.20, 0.72, [0.14] * 4, BLUE, turn=1 / 8)
+    return canvas
 
 
 def main() -> None:
-    for name, image in (("shapes", shapes()), ("scene", scene())):
-        small = image.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
-        small.save(EXAMPLES_DIR / f"{name}.png", optimize=True)
+    shapes().save("shapes.png")
+    scene().save("scene.png")
 
 
 if __name__ == "__main__":

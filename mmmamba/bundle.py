@@ -2,9 +2,12 @@
 
 The layout (read by `mmmamba.load_model`):
 
-    DIR/weights-01-of-09.safetensors ...    packed tensors, at most `max_shard_bytes` each
+    DIR/FIRST-01.safetensors ...            packed tensors of the first model, at most `max_shard_bytes` each
+    DIR/SECOND-01.safetensors ...           what the second adds to them, and so on
     DIR/NAME/config.json                    one directory a model
-    DIR/NAME/model.safetensors.index.json   which stored tensors are its own
+    DIR/NAME/model.safetensors.index.json   which stored tensors are its own, in whatever file
+
+A model added later leaves the files of those before it as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from mmmamba.keymap import to_published
 from mmmamba.model import MMMamba
 from mmmamba.packing import PackedSpec, pack
 
-MAX_SHARD_BYTES = 14 * 2**20
+MAX_SHARD_BYTES = 13 * 2**20
 HALF_FROM_NUMEL = 100_000  # unpacked tensors from this size on are stored in float16, smaller ones in float32
 SpecFn = Callable[[str, Tensor], PackedSpec | None]
 
@@ -37,55 +40,61 @@ def save_bundle(
     Raises: ValueError if a tensor does not fit a shard even in single rows.
     """
     path = Path(path)
-    stored: dict[str, Tensor] = {}  # stored (published) name -> values
-    names_of: dict[str, list[str]] = {}  # model -> stored names
-    by_ours: dict[str, list[str]] = {}  # our name -> stored names of its versions
-    ours_of: dict[str, str] = {}
-    for model_name, model in models.items():
-        names_of[model_name] = []
-        for ours, tensor in named_tensors(model):
-            same = next((n for n in by_ours.get(ours, []) if torch.equal(stored[n], tensor)), None)
-            if same is None:
-                same = to_published(ours, model.config)
-                if same in stored:
-                    raise ValueError(f"{same} has different values in {model_name} and a model before it")
-                stored[same] = tensor
-                ours_of[same] = ours
-                by_ours.setdefault(ours, []).append(same)
-            names_of[model_name].append(same)
-
-    shards: list[dict[str, Tensor]] = [{}]
-    specs: list[dict[str, object]] = [{}]
-    sizes = [0]
-    shard_of: dict[str, int] = {}  # stored part name -> shard
-    parts_of: dict[str, list[str]] = {}
-    for name, tensor in stored.items():
-        parts_of[name] = []
-        for part_name, rows in _parts(name, tensor, spec_of(ours_of[name], tensor), max_shard_bytes):
-            tensors, spec = _stored_form(part_name, rows, spec_of(ours_of[name], rows))
-            size = sum(t.nbytes for t in tensors.values())
-            if sizes[-1] + size > max_shard_bytes:
-                shards.append({})
-                specs.append({})
-                sizes.append(0)
-            shards[-1] |= tensors
-            specs[-1] |= spec
-            sizes[-1] += size
-            shard_of[part_name] = len(shards) - 1
-            parts_of[name].append(part_name)
-
     path.mkdir(parents=True, exist_ok=True)
-    files = [f"weights-{i + 1:02d}-of-{len(shards):02d}.safetensors" for i in range(len(shards))]
-    for file, tensors, spec in zip(files, shards, specs, strict=True):
-        save_file(tensors, path / file, metadata={"format": "pt", PACKED_METADATA: json.dumps(spec)})
-    for model_name, names in names_of.items():
+    stored: dict[str, Tensor] = {}  # published name -> values
+    versions: dict[str, list[str]] = {}  # our name -> published names under which it is stored with different values
+    files_of: dict[str, dict[str, str]] = {}  # published name -> stored part -> file
+    shards: list[Path] = []
+    for model_name, model in models.items():
+        weight_map: dict[str, str] = {}
+        shard = _Shard(path, model_name)
+        for ours, tensor in named_tensors(model):
+            name = next((n for n in versions.get(ours, []) if torch.equal(stored[n], tensor)), None)
+            if name is None:
+                name = to_published(ours, model.config)
+                if name in stored:
+                    raise ValueError(f"{name} has different values in {model_name} and a model before it")
+                stored[name] = tensor
+                versions.setdefault(ours, []).append(name)
+                files_of[name] = {}
+                for part, rows in _parts(name, tensor, spec_of(ours, tensor), max_shard_bytes):
+                    tensors, spec = _stored_form(part, rows, spec_of(ours, rows))
+                    if not shard.fits(tensors, max_shard_bytes):
+                        shards.append(shard.write())
+                        shard = _Shard(path, model_name, shard.number + 1)
+                    files_of[name][part] = shard.add(tensors, spec)
+            weight_map |= {part: f"../{file}" for part, file in files_of[name].items()}
+        if shard.tensors:
+            shards.append(shard.write())
         directory = path / model_name
         directory.mkdir(exist_ok=True)
-        weight_map = {part: f"../{files[shard_of[part]]}" for name in names for part in parts_of[name]}
         (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1) + "\n")
-        config = json.dumps(models[model_name].config.to_dict(), indent=1)
-        (directory / "config.json").write_text(config + "\n")
-    return [path / file for file in files]
+        (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+    return shards
+
+
+class _Shard:
+    """A file being filled."""
+
+    def __init__(self, directory: Path, model_name: str, number: int = 1) -> None:
+        self.number = number
+        self.path = directory / f"{model_name}-{number:02d}.safetensors"
+        self.tensors: dict[str, Tensor] = {}
+        self.specs: dict[str, object] = {}
+        self.nbytes = 0
+
+    def fits(self, tensors: dict[str, Tensor], limit: int) -> bool:
+        return not self.tensors or self.nbytes + sum(t.nbytes for t in tensors.values()) <= limit
+
+    def add(self, tensors: dict[str, Tensor], specs: dict[str, object]) -> str:
+        self.tensors |= tensors
+        self.specs |= specs
+        self.nbytes += sum(t.nbytes for t in tensors.values())
+        return self.path.name
+
+    def write(self) -> Path:
+        save_file(self.tensors, self.path, metadata={"format": "pt", PACKED_METADATA: json.dumps(self.specs)})
+        return self.path
 
 
 def _stored_form(name: str, tensor: Tensor, spec: PackedSpec | None) -> tuple[dict[str, Tensor], dict[str, object]]:

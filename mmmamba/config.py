@@ -56,6 +56,13 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name in ("img_context_token_id", "num_special_tokens") else 1
+            if f.type == "int" and (type(value) is not int or value < least):
+                raise ConfigError(f"{name}: {f.name} is {value!r}; use a whole number of {least} or more")
+            if f.type == "float" and not (isinstance(value, int | float) and value > 0):
+                raise ConfigError(f"{name}: {f.name} is {value!r}; use a number above 0")
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("mha",) * self.num_hidden_layers)
         if len(self.layer_types) != self.num_hidden_layers:
@@ -232,6 +239,9 @@ class ModelConfig:
                 f'model_type "{model_type}" is not known; this code reads "{TEACHER_MODEL_TYPE}" (HoVLE) '
                 f'and "{STUDENT_MODEL_TYPE}" (mmMamba)'
             )
+        for name in ("embedding_config", "llm_config"):
+            if not isinstance(raw.get(name, {}), dict):
+                raise ConfigError(f"{name} is {raw[name]!r}; it must be an object of fields")
         missing = [name for name in ("embedding_config", "llm_config", "template") if name not in raw]
         embedding = _stack_fields(raw.get("embedding_config", {}), EmbeddingConfig, "embedding_config", missing)
         language = _stack_fields(raw.get("llm_config", {}), LanguageConfig, "llm_config", missing)

@@ -91,8 +91,11 @@ def prefill(model: MMMamba, inputs: ModelInputs, state: DecodeState, *, piece_si
     config = model.config.embedding
     image_tokens = ids == config.img_context_token_id
     num_image = int(image_tokens[0].sum())
+    embedded = min(state.pending.shape[1], seqlen)  # tokens of a tile that the embedding stack has seen already
     total = (
-        state.embedding.seqlen + seqlen + num_image * (config.stack_tokens_per_image_token - 1),
+        state.embedding.seqlen
+        + (seqlen - num_image)
+        + (num_image - embedded) * config.stack_tokens_per_image_token,
         state.language.seqlen + seqlen,
     )
     tiles = inputs.pixel_values

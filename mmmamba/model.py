@@ -105,15 +105,13 @@ def token_layout(input_ids: Tensor, image_token_id: int, repeat: int) -> TokenLa
     """Repeat every image token `repeat` times: input_ids (batch, seqlen), on any device (on the CPU it costs a GPU no
     synchronisation).
 
-    Raises: ValueError if the rows would become unequally long.
+    Raises: ValueError if the rows hold different numbers of image tokens.
     """
     batch = input_ids.shape[0]
     is_image = input_ids == image_token_id
     repeats = torch.where(is_image, repeat, 1)
-    lengths = repeats.sum(dim=1)
-    if batch > 1 and bool((lengths != lengths[0]).any()):
-        counts = is_image.sum(dim=1).tolist()
-        raise ValueError(f"rows hold different numbers of image tokens ({counts}); run them one at a time")
+    if batch > 1:
+        _image_tokens_per_row(is_image)
     stack_ids = input_ids.flatten().repeat_interleave(repeats.flatten()).view(batch, -1)
     first = repeats.flatten().cumsum(0) - repeats.flatten()
     return TokenLayout(
@@ -122,6 +120,14 @@ def token_layout(input_ids: Tensor, image_token_id: int, repeat: int) -> TokenLa
         first,
         is_image.flatten().nonzero().squeeze(1),
     )
+
+
+def _image_tokens_per_row(is_image: Tensor) -> int:
+    """Image tokens in each row of (batch, seqlen).  Raises: ValueError if the rows differ."""
+    counts = is_image.sum(dim=1).tolist()
+    if min(counts) != max(counts):
+        raise ValueError(f"rows hold different numbers of image tokens ({counts}); run them one at a time")
+    return counts[0]
 
 
 class HolisticEmbedding(DecoderStack):
@@ -178,8 +184,7 @@ class HolisticEmbedding(DecoderStack):
 
     def _missing_tail(self, is_image: Tensor, pixel_values: Tensor | None, batch: int, *, may_cut: bool) -> int:
         """Image tokens to add at the end so that the last tile is whole."""
-        counts = is_image.sum(dim=1).tolist()
-        num_tokens = counts[0]
+        num_tokens = _image_tokens_per_row(is_image)
         num_tiles = 0 if pixel_values is None else len(pixel_values)
         if pixel_values is None or not num_tiles:
             if num_tokens:
@@ -187,10 +192,11 @@ class HolisticEmbedding(DecoderStack):
             return 0
         side = pixel_values.shape[-1]
         step = 2 * self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[-2] != side or side % step:
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (channels, side, side) or side % step:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; use (num_tiles, {self.config.num_channels}, side, "
-                f"side) with a side that is a multiple of {step}"
+                f"pixel_values has shape {tuple(pixel_values.shape)}; use (num_tiles, {channels}, side, side) with a "
+                f"side that is a multiple of {step}"
             )
         per_tile = (side // step) ** 2
         missing = -num_tokens % per_tile

@@ -58,10 +58,12 @@ class KVState:
         end = seqlen + k.shape[2]
         if end > self.k_cache.shape[2]:
             capacity = -(-end // KV_BLOCK) * KV_BLOCK
-            self.k_cache, self.v_cache = (
-                torch.cat([old[:, :, :seqlen], old.new_zeros(*old.shape[:2], capacity - seqlen, old.shape[3])], dim=2)
-                for old in (self.k_cache, self.v_cache)
-            )
+            # A plain tensor even under `prefill`'s inference mode: such tensors could not be written to outside of it.
+            with torch.inference_mode(False):
+                self.k_cache, self.v_cache = (
+                    torch.cat([t[:, :, :seqlen], t.new_zeros(*t.shape[:2], capacity - seqlen, t.shape[3])], dim=2)
+                    for t in (self.k_cache, self.v_cache)
+                )
         self.k_cache[:, :, seqlen:end] = k
         self.v_cache[:, :, seqlen:end] = v
         return self.k_cache[:, :, :end], self.v_cache[:, :, :end]

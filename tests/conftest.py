@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import torch
@@ -21,8 +21,7 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 # Golden values are float32: a TensorFloat-32 product would differ in the third digit.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # workers would otherwise fight for the same cores
+torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring, most of all beside other processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,17 +76,25 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Headless Chromium, for tests marked `browser`."""
-    sync_api = pytest.importorskip("playwright.sync_api")
     found = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
-    with sync_api.sync_playwright() as playwright:
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError as error:
+        no_browser(str(error))
+    with sync_playwright() as playwright:
         try:
             launched = playwright.chromium.launch(
                 executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
             )
-        except sync_api.Error as error:
-            reason = f"no Chromium that starts (bash .ci/browser .venv/bin installs one): {str(error).splitlines()[0]}"
-            if os.environ.get("CI") == "true":
-                pytest.fail(reason)
-            pytest.skip(reason)
+        except Error as error:
+            no_browser(str(error).splitlines()[0])
         yield launched
         launched.close()
+
+
+def no_browser(why: str) -> NoReturn:
+    """Skip on a developer's machine; under CI the tests of the page must not be left out unnoticed."""
+    reason = f"no Chromium that starts; `make test` installs one ({why})"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

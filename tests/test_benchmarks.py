@@ -159,6 +159,15 @@ def test_saved_records_replace_older_answers_to_the_same_question(tmp_path: Path
     assert kept == [(1000, "float32", 1.0), (100, "float32", 2.0), (100, "bfloat16", 1.0)]
 
 
+def test_markdown_puts_equal_contexts_side_by_side() -> None:
+    points = [record(context=1000), record(), record(what="b", batch=4), record(what="c", ms=2.5, cache_bytes=2**21)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.markdown(points).splitlines()]
+    assert {len(row) for row in rows} == {7}
+    assert [row[0] for row in rows[2:]] == ["100", "100", "1,000", "100"]
+    assert [row[1] for row in rows[2:]] == ["a, float32", "c, float32", "a, float32", "b, float32, batch 4"]
+    assert rows[3][2:6] == ["2.5 (1.0 to 1.0)", "0.5", "1,000.0", "2.0"]
+
+
 def test_bandwidth_is_that_of_memory() -> None:
     bandwidth = machine.memory_bandwidth(CPU, num_bytes=2**24, repeats=2)
     assert 1e8 < bandwidth < 1e13

@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.backend import MMMambaBackend, load_backend
 from app.chat import Chat, ChatStore, Metrics, Turn
-from app.engine import BEAT_S, Engine, EngineError, Limits, Reply, Settings
+from app.engine import BEAT_S, Engine, EngineError, Limits, Reply, Settings, _without_folders
 from app.lane import Lane, LaneFull
 from mmmamba import load_model
 from mmmamba.tokenizer import StreamDecoder
@@ -361,12 +361,26 @@ def test_warm_loads_in_the_background_once() -> None:
 
 def test_failed_load_is_told_and_tried_again() -> None:
     engine, chat = engine_of(loader=FakeLoader(failures=1)), Chat()
-    with pytest.raises(EngineError, match=r'"fake" could not be loaded: no config\.json in fake') as caught:
+    with pytest.raises(EngineError, match=r'"fake" could not be loaded: no config\.json in fake$') as caught:
         last(engine.reply(chat, "hello"))
     assert "/srv" not in str(caught.value)
     assert engine.status.stage == "failed"
     assert last(engine.reply(chat, "hello")).finish_reason == "stop"
     assert engine.status.stage == "ready"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/models/nano holds no config.json", "nano holds no config.json"),
+        ('no file "/srv/a-b/c.d/x.json", sorry', 'no file "x.json", sorry'),
+        ("see https://example.org/a/b or org/name", "see https://example.org/a/b or org/name"),
+        (r"C:\Users\me\model is empty", "model is empty"),
+        ("1/2 or 3 / 4", "1/2 or 3 / 4"),
+    ],
+)
+def test_folders_of_the_server_are_left_out(text: str, shown: str) -> None:
+    assert _without_folders(text) == shown
 
 
 def test_unknown_dtype_is_refused_at_once() -> None:

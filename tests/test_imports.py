@@ -33,6 +33,7 @@ BESIDE = {
     "keymap": {"config"},
     "packing": set(),
     "checkpoint": {"config", "keymap", "model", "packing"},
+    "bundle": {"checkpoint", "keymap", "model", "packing"},
     "cost": {"config", "state"},
     "info": {"config", "cost"},
     "conversation": {"generate", "image", "model", "prompt", "tokenizer"},

@@ -228,11 +228,12 @@ QUESTIONS: dict[str, Callable[[Scene, random.Random], QA | None]] = {
     "shapes_compare": ask_compare,
     "shapes_describe": ask_describe,
 }
+_DESCRIBE_SHARE = 0.75
 _WEIGHTS = (1.5, 1.0, 1.0, 1.0, 1.5, 1.0, 1.5)
 
 
 class Shapes:
-    """Endless pictures of shapes with one to three questions each. A `Source`."""
+    """Endless pictures of shapes with one to five questions each. A `Source`."""
 
     name = "shapes"
 
@@ -245,13 +246,15 @@ class Shapes:
         """The scene and the questions behind `sample`."""
         rng = rng_for(self.name, self.split, seed, index, attempt)
         scene = random_scene(rng, self.split)
-        num_turns = rng.choice((1, 2, 2, 3, 3))
+        num_turns = rng.choice((0, 1, 2, 3, 3, 4))
         turns: list[QA] = []
-        while len(turns) < num_turns:
-            ask = rng.choices(tuple(QUESTIONS.values()), _WEIGHTS)[0]
-            # A description gives everything away, so it comes last.
-            if ask is ask_describe and len(turns) < num_turns - 1:
-                continue
+        asks = [ask for ask in QUESTIONS.values() if ask is not ask_describe]
+        weights = [w for ask, w in zip(QUESTIONS.values(), _WEIGHTS, strict=True) if ask is not ask_describe]
+        # Many questions a picture, and mostly a description of all of it: a picture costs far more to read than the
+        # text, and what is learned from describing it serves every other question. It gives all away, so it comes last.
+        describe = not num_turns or rng.random() < _DESCRIBE_SHARE
+        while len(turns) < num_turns + describe:
+            ask = ask_describe if len(turns) == num_turns else rng.choices(asks, weights)[0]
             turn = ask(scene, rng)
             if turn is not None and turn not in turns:
                 turns.append(turn)

@@ -45,12 +45,16 @@ def ssd_scan_chunked(
     B = B.view(batch, num_chunks, q, groups, d_state).permute(0, 3, 1, 2, 4)  # (b, g, c, q, n)
     C = C.view(batch, num_chunks, q, groups, rep, d_state).permute(0, 3, 1, 4, 2, 5)  # (b, g, c, r, q, n)
     dt = dt.to(acc).view(batch, num_chunks, q, groups, rep).permute(0, 3, 1, 4, 2)  # (b, g, c, r, q)
-    cum = torch.cumsum(dt * A.to(acc).view(groups, 1, rep, 1), dim=-1)  # log decay since the chunk's start
+    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    steps = dt * A.to(acc).view(groups, 1, rep, 1)
+    if torch.compiler.is_compiling():
+        cum = (steps[..., None, :] * causal).sum(dim=-1)  # torch 2.11's inductor fails on this cumsum's code
+    else:
+        cum = torch.cumsum(steps, dim=-1)  # log decay since the chunk's start
     total = cum[..., -1]  # (b, g, c, r)
 
     # Inside a chunk: y_t = sum_{s<=t} exp(cum_t - cum_s) dt_s (C_t . B_s) x_s. Query heads share their kv head's rows.
     scores = (C.reshape(batch, groups, num_chunks, rep * q, d_state) @ B.mT).view(batch, groups, num_chunks, rep, q, q)
-    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
     log_decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~causal, float("-inf"))
     weights = (scores * (torch.exp(log_decay) * dt[..., None, :])).to(x.dtype)
     y = (weights.view(batch, groups, num_chunks, rep * q, q) @ x).view(batch, groups, num_chunks, rep, q, head_dim)

@@ -1,0 +1,286 @@
+"""The page in headless Chromium: upload, ask, stop, error, retry, clear; as a person would, with a fake model."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fakes import FakeLoader
+
+from app.engine import Engine
+from app.ui import EXAMPLES_DIR, build, launch_options
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+
+ORANGES = EXAMPLES_DIR / "oranges.jpg"
+BOX = "#box textarea"
+SEND = "#box button.submit-button"
+STOP = "#box button.stop-button"
+WORD_S = 0.02
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)))
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    yield blocks.local_url
+    blocks.close(verbose=False)
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """A fresh tab, desktop size. Fails the test if the page wrote an error to the console or asked another host."""
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page.set_default_timeout(15_000)
+    errors: list[str] = []
+    outside: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: outside.append(request.url) if is_outside(request.url, url) else None)
+    page.goto(url)
+    page.wait_for_selector(BOX)
+    yield page
+    page.close()
+    assert not outside
+    assert not errors
+
+
+def is_outside(address: str, url: str) -> bool:
+    return not address.startswith((url, "data:", "blob:"))
+
+
+def upload(page: Page, *paths: Path) -> None:
+    page.set_input_files("#box input[type=file]", [str(path) for path in paths])
+    page.wait_for_function(f"document.querySelectorAll('#box img').length === {len(paths)}")
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill(BOX, text)
+    page.press(BOX, "Enter")
+
+
+def bot(page: Page, text: str) -> None:
+    """Wait until the last answer holds `text`."""
+    page.locator("#chat [data-testid=bot]").last.filter(has_text=text).wait_for()
+
+
+def unlocked(page: Page) -> None:
+    page.wait_for_selector(SEND)
+    page.wait_for_function(f"!document.querySelector({BOX!r}).disabled")
+
+
+def bubbles(page: Page, who: str) -> list[str]:
+    return [text for text in page.locator(f"#chat [data-testid={who}]").all_inner_texts() if text.strip()]
+
+
+def test_page_opens_in_five_seconds_and_shows_loading(browser: Browser, url: str) -> None:
+    page = browser.new_page()
+    started = time.monotonic()
+    page.goto(url)
+    page.wait_for_selector(BOX)
+    assert time.monotonic() - started < 5
+    page.wait_for_selector("#model .chip-ready:has-text('fake')")
+    page.close()
+
+
+def test_upload_ask_answer(page: Page) -> None:
+    upload(page, ORANGES)
+    ask(page, "what is this")
+    page.wait_for_selector(STOP)
+    bot(page, "turn 1 images 1: what is this")
+    unlocked(page)
+    assert page.locator("#chat [data-testid=user] img").count() == 1
+    assert page.input_value(BOX) == ""
+    assert page.locator("#box img").count() == 0, "the picture is sent, so it leaves the box"
+    meter = page.inner_text("#meter")
+    assert "64 image" in meter
+    assert "5.0 MiB" in meter
+    assert re.search(r"\d\.\d\d s", meter), "no time to first token"
+    ask(page, "and now")
+    bot(page, "turn 2 images 0: and now")
+
+
+def test_answer_streams(page: Page) -> None:
+    ask(page, "[long]")
+    seen = set()
+    deadline = time.monotonic() + 10
+    while len(seen) < 5:
+        assert time.monotonic() < deadline, f"only {len(seen)} steps of the answer were seen"
+        seen.update(text for text in bubbles(page, "bot") if text.startswith("word0"))
+    page.click(STOP)
+    unlocked(page)
+
+
+def test_stop_is_quick_and_the_chat_goes_on(page: Page) -> None:
+    ask(page, "[long]")
+    bot(page, "word3")
+    page.click(STOP)
+    started = time.monotonic()
+    unlocked(page)
+    assert time.monotonic() - started < 0.5
+    kept = bubbles(page, "bot")[-1]
+    assert 4 <= len(kept.split()) < 200
+    ask(page, "go on")
+    bot(page, "turn 2 images 0: go on")
+    assert bubbles(page, "bot")[0] == kept, "the stopped answer must stay as it was shown"
+
+
+def test_stop_before_the_first_word_gives_the_message_back(page: Page) -> None:
+    page.wait_for_selector("#model .chip-ready")
+    upload(page, ORANGES)
+    ask(page, "[slow-read] what is this")
+    bot(page, "Reading")
+    page.click(STOP)
+    unlocked(page)
+    page.wait_for_selector("#notice [role=alert]:has-text('Stopped before the first word')")
+    assert page.input_value(BOX) == "[slow-read] what is this"
+    assert page.locator("#box img").count() == 1
+    assert bubbles(page, "bot") == []
+
+
+def test_bad_image_shows_a_message_and_opens_the_box(page: Page, tmp_path: Path) -> None:
+    ask(page, "first")
+    bot(page, "turn 1")
+    unlocked(page)
+    letter = tmp_path / "letter.jpg"
+    letter.write_text("Dear Sir or Madam")
+    upload(page, ORANGES, letter)
+    ask(page, "what is this")
+    alert = page.wait_for_selector("#notice [role=alert]")
+    assert alert is not None
+    assert "letter.jpg" in alert.inner_text()
+    assert "/" not in alert.inner_text()
+    unlocked(page)
+    assert page.input_value(BOX) == "what is this", "the question is given back"
+    page.wait_for_function("document.querySelectorAll('#box img').length === 1")  # without the bad file
+    assert len(bubbles(page, "user")) == 1, "the failed turn is no part of the conversation"
+    page.press(BOX, "Enter")
+    bot(page, "turn 2 images 1: what is this")
+    assert page.locator("#notice [role=alert]").count() == 0
+
+
+def test_fault_of_the_model_opens_the_box(page: Page) -> None:
+    ask(page, "[boom]")
+    page.wait_for_selector("#notice [role=alert]:has-text('went wrong inside the model')")
+    unlocked(page)
+    ask(page, "hello")
+    bot(page, "turn 1 images 0: hello")
+
+
+def test_retry_answers_again_with_other_settings(page: Page) -> None:
+    ask(page, "hello")
+    bot(page, "turn 1 images 0: hello")
+    unlocked(page)
+    page.fill("#settings input[type=number] >> nth=0", "1.5")
+    page.press("#settings input[type=number] >> nth=0", "Tab")
+    page.click("#chat button[aria-label=Retry]")
+    bot(page, "turn 1 images 0: hello (hot)")
+    unlocked(page)
+    assert len(bubbles(page, "bot")) == 1
+    assert bubbles(page, "user") == ["hello"]
+
+
+def test_new_chat_clears_page_and_memory_even_while_answering(page: Page) -> None:
+    ask(page, "hello")
+    bot(page, "turn 1")
+    unlocked(page)
+    ask(page, "[long]")
+    bot(page, "word2")
+    page.click("#clear")
+    page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length === 0")
+    unlocked(page)
+    time.sleep(0.3)  # anything late of the old answer would show by now
+    assert bubbles(page, "bot") == []
+    assert "0 tokens" in page.inner_text("#meter")
+    ask(page, "again")
+    bot(page, "turn 1 images 0: again")
+    page.click("#chat button[aria-label=Clear]")
+    page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length === 0")
+    ask(page, "once more")
+    bot(page, "turn 1 images 0: once more")
+
+
+def test_examples_ask_at_a_click_but_not_into_an_answer(page: Page) -> None:
+    page.click("#example-oranges")
+    bot(page, "turn 1 images 1: What is in the picture?")
+    unlocked(page)
+    ask(page, "[long]")
+    bot(page, "word2")
+    page.click("#example-sunflower")
+    page.wait_for_selector("#notice [role=alert]:has-text('An answer is being written')")
+    page.click(STOP)
+    unlocked(page)
+    assert len(bubbles(page, "bot")) == 2
+
+
+def test_picture_alone_gets_a_question(page: Page) -> None:
+    upload(page, ORANGES)
+    page.click(SEND)
+    bot(page, "turn 1 images 1: What is in the picture?")
+
+
+def test_paste_of_a_picture(page: Page) -> None:
+    page.focus(BOX)
+    page.evaluate(
+        """async () => {
+            const blob = await new Promise((done) => {
+                const canvas = document.createElement("canvas");
+                canvas.width = canvas.height = 32;
+                canvas.toBlob(done, "image/png");
+            });
+            const data = new DataTransfer();
+            data.items.add(new File([blob], "pasted.png", { type: "image/png" }));
+            document.querySelector("#box textarea").dispatchEvent(
+                new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+            );
+        }"""
+    )
+    page.wait_for_selector("#box img")
+    ask(page, "what is this")
+    bot(page, "turn 1 images 1: what is this")
+
+
+def test_two_tabs_do_not_mix(browser: Browser, page: Page, url: str) -> None:
+    other = browser.new_page()
+    other.goto(url)
+    other.wait_for_selector(BOX)
+    ask(page, "[long]")
+    bot(page, "word2")
+    ask(other, "mine")
+    bot(other, "one message comes first")
+    page.click(STOP)
+    unlocked(page)
+    bot(other, "turn 1 images 0: mine")
+    assert bubbles(other, "user") == ["mine"]
+    ask(other, "yours")
+    bot(other, "turn 2 images 0: yours")
+    other.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_overflows_and_every_control_has_a_name(browser: Browser, url: str, width: int, theme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto(f"{url}?__theme={theme}")
+    page.wait_for_selector(BOX)
+    page.click("#example-shapes")
+    bot(page, "turn 1 images 1")
+    unlocked(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, input:not([type=file]), textarea, select")]
+            .filter((e) => e.offsetParent !== null)
+            .filter((e) => !(e.ariaLabel || e.title || e.innerText.trim() || e.labels?.length))
+            .filter((e) => !e.querySelector("img")?.alt)
+            .map((e) => e.outerHTML.slice(0, 200))"""
+    )
+    assert unnamed == []
+    assert page.locator("#chat button[aria-label=Share]:visible").count() == 0, "sharing uploads to another host"
+    page.close()
