@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value < 1:
             p.error(f"--{name} is {value}; use 1 or more")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of torch leave the cores to the page
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

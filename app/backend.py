@@ -3,9 +3,11 @@ the page opens without waiting for them."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -96,10 +98,22 @@ def load_backend(model: str, device: Device, dtype: Dtype, progress: Progress) -
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cpu"):
+        _leave_a_core()
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     loaded = load_model(model, device=device, dtype=getattr(torch, dtype), progress=progress)
     return MMMambaBackend(loaded, model)
+
+
+@cache
+def _leave_a_core() -> None:
+    """Let torch use one core less: with all of them taken, its threads wait for each other whenever the page's server
+    or a browser on the same machine needs one, and both become slow. OMP_NUM_THREADS overrides it."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 class MMMambaBackend:

@@ -59,14 +59,15 @@ def nano_config(**language_overrides: Any) -> ModelConfig:
 
 
 @torch.no_grad()
-def new_teacher(base: Any, *, seed: int = 0) -> MMMamba:
-    """HoVLE-nano with the base's language model and a fresh holistic embedding that begins as the identity.
+def new_teacher(base: Any, config: ModelConfig | None = None, *, seed: int = 0) -> MMMamba:
+    """HoVLE-nano (or a teacher of `config`) with the base's language model and a fresh holistic embedding that begins as
+    the identity.
 
     The output projections of the embedding's attention and MLP start at zero, so that text passes unchanged and the
     model chats as the base does before the first step.
     """
     torch.manual_seed(seed)
-    model = MMMamba(nano_config())
+    model = MMMamba(config or nano_config())
     for module in model.embedding.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=INIT_STD)
@@ -78,7 +79,7 @@ def new_teacher(base: Any, *, seed: int = 0) -> MMMamba:
     nn.init.normal_(model.embedding.stem.position_embedding, std=INIT_STD)
     tensors = language_tensors(base, model.config.language.num_key_value_heads)
     text = tensors.pop("text")
-    model.embedding.text.weight.copy_(_grown(text, VOCAB_SIZE))
+    model.embedding.text.weight.copy_(_grown(text, model.config.embedding.llm_vocab_size))
     missing, extra = model.load_state_dict(tensors, strict=False)
     assert not extra and all(name.startswith(("embedding.", "language.output")) for name in missing), (missing, extra)
     return model

@@ -41,29 +41,26 @@ def save_bundle(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    stored: dict[str, Tensor] = {}  # published name -> values
-    versions: dict[str, list[str]] = {}  # our name -> published names under which it is stored with different values
-    files_of: dict[str, dict[str, str]] = {}  # published name -> stored part -> file
+    # Our name -> its different values, each with the files of its stored parts. A published name may stand in several
+    # files with different values (two students' mixers): the index of a model says which file is meant.
+    stored: dict[str, list[tuple[Tensor, dict[str, str]]]] = {}
     shards: list[Path] = []
     for model_name, model in models.items():
         weight_map: dict[str, str] = {}
         shard = _Shard(path, model_name)
         for ours, tensor in named_tensors(model):
-            name = next((n for n in versions.get(ours, []) if torch.equal(stored[n], tensor)), None)
-            if name is None:
+            files = next((f for values, f in stored.get(ours, []) if torch.equal(values, tensor)), None)
+            if files is None:
+                files = {}
+                stored.setdefault(ours, []).append((tensor, files))
                 name = to_published(ours, model.config)
-                if name in stored:
-                    raise ValueError(f"{name} has different values in {model_name} and a model before it")
-                stored[name] = tensor
-                versions.setdefault(ours, []).append(name)
-                files_of[name] = {}
                 for part, rows in _parts(name, tensor, spec_of(ours, tensor), max_shard_bytes):
                     tensors, spec = _stored_form(part, rows, spec_of(ours, rows))
                     if not shard.fits(tensors, max_shard_bytes):
                         shards.append(shard.write())
                         shard = _Shard(path, model_name, shard.number + 1)
-                    files_of[name][part] = shard.add(tensors, spec)
-            weight_map |= {part: f"../{file}" for part, file in files_of[name].items()}
+                    files[part] = shard.add(tensors, spec)
+            weight_map |= {part: f"../{file}" for part, file in files.items()}
         if shard.tensors:
             shards.append(shard.write())
         directory = path / model_name
@@ -93,7 +90,8 @@ class _Shard:
         return self.path.name
 
     def write(self) -> Path:
-        save_file(self.tensors, self.path, metadata={"format": "pt", PACKED_METADATA: json.dumps(self.specs)})
+        # One entry of metadata: of two the order in the file would be random, and a bundle written again another file.
+        save_file(self.tensors, self.path, metadata={PACKED_METADATA: json.dumps(self.specs)})
         return self.path
 
 
@@ -108,10 +106,10 @@ def _stored_form(name: str, tensor: Tensor, spec: PackedSpec | None) -> tuple[di
 
 def _parts(name: str, tensor: Tensor, spec: PackedSpec | None, limit: int) -> list[tuple[str, Tensor]]:
     """The tensor whole, or in runs of rows that fit a shard."""
-    bits = 16.0 if spec is None else spec.bits + 32 / spec.group_size
-    count = -(-int(tensor.numel() * bits / 8 * 1.01) // limit)
-    if count == 1:
+    bits = 32.0 if spec is None else spec.bits + 32 / spec.group_size  # 16 for large ones: splitting them early is harmless
+    if tensor.numel() * bits / 8 <= limit:
         return [(name, tensor)]
-    if tensor.ndim == 0 or count > tensor.shape[0]:
+    rows = int(limit / (tensor[0].numel() * bits / 8)) if tensor.ndim else 0
+    if not rows:
         raise ValueError(f"{name} {tuple(tensor.shape)} does not fit shards of {limit} bytes")
-    return [(f"{name}{PART_SEPARATOR}{i}", rows) for i, rows in enumerate(tensor.chunk(count))]
+    return [(f"{name}{PART_SEPARATOR}{i}", part) for i, part in enumerate(tensor.chunk(-(-tensor.shape[0] // rows)))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -74,7 +75,10 @@ def load_model(
 
 
 def save_model(model: MMMamba, path: str | Path) -> None:
-    """Write `config.json`, safetensors (in shards of 5 GB) and the tokenizer's files in the published layout."""
+    """Write `config.json`, safetensors (in shards of 5 GB) and the tokenizer's files in the published layout.
+
+    A checkpoint that is there already is replaced, its `model*.safetensors` and their index too.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     path = Path(path)
@@ -93,6 +97,11 @@ def save_model(model: MMMamba, path: str | Path) -> None:
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (path / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    else:
+        (path / INDEX).unlink(missing_ok=True)
+    for file in path.glob("model*.safetensors"):
+        if file.name not in shards.filename_to_tensors:
+            file.unlink()
     if model.source is not None and model.source.resolve() != path.resolve():
         for file in tokenizer_files(model.source):
             shutil.copy2(file, path / file.name)
@@ -141,6 +150,8 @@ def read_config(directory: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); take a complete checkpoint") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(raw).__name__}; take a complete checkpoint")
     return ModelConfig.from_dict(raw)
 
 
@@ -190,6 +201,8 @@ class _TensorFiles:
         stored: dict[str, _Stored] = {}
         for path in paths:
             for name, entry in _open(path, stack).items():
+                if wanted is None and name in stored:
+                    raise CheckpointError(f"{path} holds {name}, and so does a file before it; keep one, or add an index")
                 if wanted is None or wanted.get(name) == path:
                     stored[name] = entry
         if wanted is not None and (absent := sorted(wanted.keys() - stored.keys())):
@@ -202,11 +215,16 @@ class _TensorFiles:
         index = self.directory / INDEX
         if not index.is_file():
             return None
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        allowed = {self.directory.resolve(), self.directory.resolve().parent}
-        paths = {name: (self.directory / file).resolve() for name, file in weight_map.items()}
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): str(file) for name, file in weight_map.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} holds no weight_map of tensors to files ({error!r}); fetch it again") from error
+        base = self.directory.resolve()
+        # Not resolved further: in the hub's cache the files are links to blobs elsewhere.
+        paths = {name: Path(os.path.normpath(base / file)) for name, file in files.items()}
         for name, path in paths.items():
-            if path.parent not in allowed or path.suffix != ".safetensors":
+            if path.parent not in (base, base.parent) or path.suffix != ".safetensors":
                 raise CheckpointError(f'{index} sends {name} to "{path}"; only safetensors files beside it are read')
         return paths
 
@@ -239,7 +257,7 @@ def _open(path: Path, stack: ExitStack) -> dict[str, _Stored]:
         raise CheckpointError(f"the index names {path.name}, which is not there; fetch the whole checkpoint")
     try:
         f = stack.enter_context(safe_open(path, "pt"))
-    except Exception as error:  # SafetensorError is not exported under a stable name
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short, fetch it again") from error
     specs = {
         name: PackedSpec(spec["bits"], spec["group_size"], tuple(spec["shape"]))

@@ -26,7 +26,7 @@ from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
-from mmmamba.info import DTYPES, info_record, info_text
+from mmmamba.info import DTYPES, info_record, info_text, readable_bytes
 
 DEFAULT_MODEL = "nano-linear"
 REPL_HELP = "/image PATH adds an image to the next question, /new starts over, /quit (or Ctrl-D) leaves"
@@ -203,7 +203,7 @@ def _answer(
             if not args.json and event.text:
                 print(event.text, end="", flush=True)
     assert event is not None, "stream ends with an event that has a finish_reason"
-    record = _answer_record(conversation, event, load_ms)
+    record = _answer_record(conversation, event, args.model, load_ms)
     if args.json:
         print(json.dumps(record, ensure_ascii=False), flush=True)
         return event
@@ -211,12 +211,12 @@ def _answer(
     if sys.stderr.isatty():
         rate = "" if event.tok_per_sec is None else f", {event.tok_per_sec:.1f} tokens/s"
         first = "" if event.ttft_ms is None else f", first after {event.ttft_ms:,.0f} ms"
-        state = f"state {record['state_bytes'] / 2**20:.1f} MiB at {record['context_tokens']:,} tokens"
+        state = f"state {readable_bytes(record['state_bytes'])} at {record['context_tokens']:,} tokens"
         print(f"[{event.num_tokens} tokens{rate}{first}; {state}]", file=sys.stderr)
     return event
 
 
-def _answer_record(conversation: Conversation, event: StreamEvent, load_ms: float) -> dict[str, Any]:
+def _answer_record(conversation: Conversation, event: StreamEvent, name: str, load_ms: float) -> dict[str, Any]:
     model, state = conversation.model, conversation.state
     return {
         "text": event.reply,
@@ -230,7 +230,7 @@ def _answer_record(conversation: Conversation, event: StreamEvent, load_ms: floa
         "image_tokens": state.num_image_tokens,
         "text_tokens": state.num_text_tokens,
         "state_bytes": state.nbytes,
-        "model": str(model.source),
+        "model": name,
         "kind": model.config.kind,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -263,7 +263,7 @@ def _check_images(paths: Sequence[str]) -> None:
         try:
             load_image(path)
         except ImageError as error:
-            raise UsageError(f"--image {path}: {error}") from error
+            raise UsageError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
 def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -297,14 +297,9 @@ def _load_conversation(args: argparse.Namespace, device: torch.device, dtype: to
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[float, str], None]]:
     """A bar on stderr, if that is a terminal, moved by calls of (fraction done, what is being read)."""
-    layout = "loading {percentage:3.0f}%|{bar}| {elapsed} {desc}"
+    layout = "loading {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=1.0, bar_format=layout, leave=False, disable=None, file=sys.stderr) as bar:
-
-        def progress(fraction: float, what: str) -> None:
-            bar.set_description_str(what[-40:], refresh=False)
-            bar.update(fraction - bar.n)
-
-        yield progress
+        yield lambda fraction, what: bar.update(fraction - bar.n)
 
 
 # info

@@ -58,10 +58,11 @@ def info_text(r: dict[str, Any]) -> str:
         ("hidden size", f"{r['hidden_size']:,}; vocabulary {r['vocab_size']:,}"),
         ("image tile", f"{r['tile_px']} px, {r['tokens_per_tile']} tokens"),
         ("parameters", f"{r['parameters']:,}"),
-        ("weights", f"{_size(r['weight_bytes'])} in {r['dtype']}; a token reads {_size(r['weight_bytes_per_token'])}"),
-        ("recurrent state", f"{_size(r['state_bytes'])} at any length"),
-        ("key-value cache", f"{_size(r['kv_bytes'])} at {length}"),
-        ("the teacher's", f"{_size(r['teacher_kv_bytes'])} at {length}"),
+        ("weights", f"{readable_bytes(r['weight_bytes'])} in {r['dtype']}"),
+        ("a token reads", f"{readable_bytes(r['weight_bytes_per_token'])} of them"),
+        ("recurrent state", f"{readable_bytes(r['state_bytes'])} at any length"),
+        ("key-value cache", f"{readable_bytes(r['kv_bytes'])} at {length}"),
+        ("the teacher's", f"{readable_bytes(r['teacher_kv_bytes'])} at {length}"),
     ]
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
@@ -73,7 +74,8 @@ def _layers(types: Sequence[str]) -> str:
     return f"{len(types)} layers: {named}"
 
 
-def _size(num_bytes: int) -> str:
+def readable_bytes(num_bytes: int) -> str:
+    """`1.5 MiB`: four digits in the largest unit that leaves at least 1."""
     size, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB"):
         if size < 1024:

@@ -130,6 +130,15 @@ def _image_tokens_per_row(is_image: Tensor) -> int:
     return counts[0]
 
 
+class TokenEmbedding(nn.Embedding):
+    """An embedding table that is left alone on the meta device: a draw of nothing there imports all of torch._dynamo,
+    which would double the time that a small model takes to load."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class HolisticEmbedding(DecoderStack):
     """Image and text tokens to the inputs of the language model (HoVLE, arXiv:2412.16158)."""
 
@@ -138,8 +147,8 @@ class HolisticEmbedding(DecoderStack):
         self.config = config
         self.normalize = normalize
         dim = config.hidden_size
-        self.text = nn.Embedding(config.llm_vocab_size, dim)
-        self.special = nn.Embedding(config.num_special_tokens, dim) if config.num_special_tokens else None
+        self.text = TokenEmbedding(config.llm_vocab_size, dim)
+        self.special = TokenEmbedding(config.num_special_tokens, dim) if config.num_special_tokens else None
         self.stem = ImageStem(config)
         self.shuffle_proj = nn.Sequential(nn.Linear(4 * dim, dim), nn.GELU(), nn.Linear(dim, dim))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -187,7 +187,11 @@ class DecodeState:
 
         Raises: ValueError if the file is no state, or one of a model with other shapes or layer types.
         """
-        with safe_open(path, "pt", device=str(device)) as f:
+        try:
+            file = safe_open(path, "pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a decoding state; use a file written by DecodeState.save") from error
+        with file as f:
             meta = (f.metadata() or {}).get("mmmamba_state")
             if meta is None:
                 raise ValueError(f"{path} is not a decoding state; use a file written by DecodeState.save")

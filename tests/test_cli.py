@@ -156,6 +156,25 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_sees_a_progress_bar_and_the_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_dir: Path
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    status, out, _ = run(capsys, "chat", "--model", tiny_dir, "--greedy", "--max-new-tokens", 3, "Hello")
+    shown = terminal.getvalue()
+    assert status == 0
+    assert "loading   0%" in shown
+    assert "[3 tokens, " in shown
+    assert "state 27 KiB at " in shown
+    assert "loading" not in out
+
+
 def test_reader_of_the_pipe_goes_away(tiny_dir: Path) -> None:
     """As in `... | head -c 1`: no traceback."""
     command = [sys.executable, "-m", "mmmamba", "info", str(tiny_dir)]
