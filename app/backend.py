@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.chat import FinishReason, State
+from app.settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from app.engine import Settings
     from mmmamba.model import MMMamba
 
 Progress = Callable[[float, str], None]

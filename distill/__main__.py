@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from distill.data.text import Conversations
 from distill.evaluate import accuracy
 from distill.nano import new_teacher
 from distill.rounding import storage_spec
-from distill.stages import LayerStage, LogitsStage, TeacherStage
+from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
 from distill.trainer import train
+from mmmamba.bundle import save_bundle
 from mmmamba.checkpoint import load_model, save_model
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
-from mmmamba.bundle import save_bundle
 
 STUDENT_STAGES = ("stage1", "stage2", "stage3")
 
@@ -45,10 +45,12 @@ def run_teacher(args: argparse.Namespace) -> None:
     recipe = Recipe.load(args.recipe)
     model = new_teacher(load_base(args.base), seed=recipe.seed).to(args.device)
     data = _Data(args, recipe, model)
-    config = recipe.stages["teacher"]
     stage = TeacherStage(model, compiled=args.compile)
-    train("teacher", stage, config, data.batches("image", config), data.batches("text", config), _log(args))
-    _finish(args, model.eval().requires_grad_(False), args.out, "teacher", data)
+    if args.resume:
+        model.load_state_dict(load_model(args.resume, device=args.device).state_dict())
+    _train(args, "teacher", stage, recipe, data, lambda: save_model(model, args.out))
+    save_model(model.eval().requires_grad_(False), args.out)
+    _report(args, model, "teacher", data)
 
 
 def run_student(args: argparse.Namespace) -> None:
@@ -71,8 +73,9 @@ def run_student(args: argparse.Namespace) -> None:
             continue
         if name not in args.stages.split(","):
             break
-        config = recipe.stages[name]
-        train(name, stage, config, data.batches("image", config), data.batches("text", config), _log(args))
+        _train(
+            args, name, stage, recipe, data, lambda: save_file(_mixers(student), args.out / "unfinished.safetensors")
+        )
         save_file(_mixers(student), kept)
         _report(args, student, name, data)
     save_model(fuse_(student).eval(), args.out)
@@ -94,6 +97,15 @@ def run_bundle(args: argparse.Namespace) -> None:
         models[name] = load_model(path)
     files = save_bundle(models, args.out, storage_spec)
     print(f"{len(files)} shards, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {args.out}")
+
+
+def _train(
+    args: argparse.Namespace, name: str, stage: Stage, recipe: Recipe, data: _Data, save: Callable[[], None]
+) -> None:
+    config = recipe.stages[name]
+    images, text = data.batches("image", config), data.batches("text", config)
+    assert images is not None, "shapes are always there"
+    train(name, stage, config, images, text, _log(args), graph=args.graph, save=save)
 
 
 class _Data:
@@ -143,11 +155,6 @@ def _report(args: argparse.Namespace, model: MMMamba, name: str, data: _Data) ->
         log.write(line + "\n")
 
 
-def _finish(args: argparse.Namespace, model: MMMamba, out: Path, name: str, data: _Data) -> None:
-    save_model(model, out)
-    _report(args, model, name, data)
-
-
 def _log(args: argparse.Namespace) -> Path:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     return args.log
@@ -174,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workers", type=int, default=8, help="processes that make image batches")
         sub.add_argument("--eval-count", type=int, default=200, help="held-out questions a task after each stage")
         sub.add_argument("--no-compile", dest="compile", action="store_false")
+        sub.add_argument("--graph", action="store_true", help="capture a step as a CUDA graph")
     shared["teacher"].add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
+    shared["teacher"].add_argument("--resume", help="directory of a teacher to go on from")
     shared["student"].add_argument("--teacher", required=True)
     shared["student"].add_argument("--stages", default=",".join(STUDENT_STAGES), help="stages to run now")
     shared["eval"].add_argument("model")

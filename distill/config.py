@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class StageConfig:
     weight_decay: float = 0.05
     clip: float = 1.0
     text_weight: float = 1.0
+    save_minutes: float = 0.0  # write what there is so far as often (0: only at the end)
+    image_answer_tokens: int | None = None  # slots a row for learned tokens; None: as many as there are, no graph then
+    text_answer_tokens: int | None = None
     round_from: float = 1.0  # progress from which weights are trained as they will be stored (1: never)
 
     def __post_init__(self) -> None:
@@ -38,7 +41,7 @@ class StageConfig:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing; use a value above 0")
         if self.text_batch < 0:
             raise ValueError(f"text_batch={self.text_batch} is below 0")
-        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must be shares of the run that fit into 1")
 
     def lr_factor(self, progress: float) -> float:
@@ -72,12 +75,17 @@ class Recipe:
             known = ", ".join(sorted(p.stem for p in RECIPES_DIR.glob("*.yaml")))
             raise ValueError(f'no recipe "{name_or_path}"; there are {known}, or pass a YAML file')
         raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} holds no fields; start from a file in distill/recipes")
         stages = raw.pop("stages", {})
-        _check_keys(raw, cls, path)
+        _check_keys(raw, {f.name for f in fields(cls)} - {"name", "stages"}, path)
         if not stages or (unknown := sorted(set(stages) - set(STAGES))):
             raise ValueError(f"{path}: stages are {unknown if stages else 'missing'}; use {', '.join(STAGES)}")
-        for stage in stages.values():
-            _check_keys(stage, StageConfig, path)
+        needed = {f.name for f in fields(StageConfig) if f.default is MISSING}
+        for name, stage in stages.items():
+            if absent := sorted(needed - (stage or {}).keys()):
+                raise ValueError(f"{path}: {name} misses {', '.join(absent)}")
+            _check_keys(stage, {f.name for f in fields(StageConfig)}, path)
         raw["softmax_layers"] = tuple(raw.get("softmax_layers", ()))
         return cls(name=path.stem, stages={k: StageConfig(**v) for k, v in stages.items()}, **raw)
 
@@ -93,7 +101,6 @@ class Recipe:
         return tuple(types[: depths[0]]), tuple(types[depths[0] :])
 
 
-def _check_keys(raw: dict[str, Any], cls: type, path: Path) -> None:
-    known = {f.name for f in fields(cls)}
+def _check_keys(raw: dict[str, Any], known: set[str], path: Path) -> None:
     if unknown := sorted(set(raw) - known):
         raise ValueError(f"{path}: {', '.join(unknown)} not known; fields are {', '.join(sorted(known))}")

@@ -52,7 +52,7 @@ def vkq_rows(attention: Attention) -> Tensor:
 def seed_mixer(attention: Attention, config: StackConfig, generator: torch.Generator) -> Mamba2Mixer:
     """A mixer that starts from `attention`; the output projection is shared with it, the rest is new memory.
 
-    Draws the gate (Xavier-uniform, gain 2^-2.5) and `dt_bias` (inverse softplus of a log-uniform step) from `generator`.
+    `generator` draws the gate (Xavier-uniform, gain 2^-2.5) and `dt_bias` (inverse softplus of a log-uniform step).
     """
     weight = attention.in_proj.weight
     with torch.device(weight.device):
@@ -75,7 +75,7 @@ def seed_mixer(attention: Attention, config: StackConfig, generator: torch.Gener
 def make_student(
     teacher: MMMamba, embedding_types: tuple[LayerType, ...], language_types: tuple[LayerType, ...], *, seed: int = 0
 ) -> MMMamba:
-    """A student seeded from `teacher`; every tensor that no stage trains is shared with it in memory."""
+    """A student seeded from `teacher`; what no stage trains is shared with it in memory."""
     student = copy.copy(teacher)
     student._modules = dict(teacher._modules)
     student.config = teacher.config.with_layer_types(embedding_types, language_types)

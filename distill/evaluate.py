@@ -30,7 +30,9 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
     return torch.zeros(len(hidden), dtype=torch.int, device=device).index_add_(0, rows, wrong.int()) == 0
 
 
-def accuracy(model: MMMamba, rows: Rows, photos: Photos | None, *, count: int, batch_size: int = 64) -> dict[str, float]:
+def accuracy(
+    model: MMMamba, rows: Rows, photos: Photos | None, *, count: int, batch_size: int = 64
+) -> dict[str, float]:
     """Share of exact matches for each task; `photos_label` is left out without photos."""
     result = {}
     for task in TASKS:
@@ -42,8 +44,7 @@ def accuracy(model: MMMamba, rows: Rows, photos: Photos | None, *, count: int, b
         ]
         fitting = [row for row in made if row is not None]
         hits = [
-            exact_matches(model, stack(fitting[i : i + batch_size])).float()
-            for i in range(0, len(fitting), batch_size)
+            exact_matches(model, stack(fitting[i : i + batch_size])).float() for i in range(0, len(fitting), batch_size)
         ]
         result[task] = round(float(torch.cat(hits).mean()), 4)
     return result

@@ -17,17 +17,17 @@ IMG_CONTEXT_TOKEN_ID = 49_154
 INIT_STD = 0.02
 
 
-def nano_config(**language_overrides: Any) -> ModelConfig:
+def nano_config() -> ModelConfig:
     """HoVLE-nano: 8 embedding layers, 30 language layers, 224 px tiles of 64 tokens, `post` pixel shuffle."""
-    shape = dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-5,
-        rope_theta=100_000.0,
-        max_position_embeddings=8192,
-    )
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+        "max_position_embeddings": 8192,
+    }
     embedding = EmbeddingConfig(
         **shape,
         num_hidden_layers=8,
@@ -41,16 +41,13 @@ def nano_config(**language_overrides: Any) -> ModelConfig:
         pixel_shuffle_loc="post",
     )
     language = LanguageConfig(
-        **shape | language_overrides.pop("shape", {}),
-        **{
-            "num_hidden_layers": 30,
-            "vocab_size": VOCAB_SIZE,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-            "tie_word_embeddings": True,
-        }
-        | language_overrides,
+        **shape,
+        num_hidden_layers=30,
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
     )
     # One tile unless a caller asks for more: nano is trained on single tiles.
     return ModelConfig(
@@ -60,11 +57,10 @@ def nano_config(**language_overrides: Any) -> ModelConfig:
 
 @torch.no_grad()
 def new_teacher(base: Any, config: ModelConfig | None = None, *, seed: int = 0) -> MMMamba:
-    """HoVLE-nano (or a teacher of `config`) with the base's language model and a fresh holistic embedding that begins as
-    the identity.
+    """HoVLE-nano (or a teacher of `config`): the base's language model behind a new embedding, the identity at first.
 
-    The output projections of the embedding's attention and MLP start at zero, so that text passes unchanged and the
-    model chats as the base does before the first step.
+    The output projections of the embedding's attention and MLP start at zero, so that it begins as the identity: text
+    passes unchanged, and the model chats as the base does before the first step.
     """
     torch.manual_seed(seed)
     model = MMMamba(config or nano_config())
@@ -73,6 +69,7 @@ def new_teacher(base: Any, config: ModelConfig | None = None, *, seed: int = 0) 
             nn.init.normal_(module.weight, std=INIT_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    layer: Any
     for layer in model.embedding.layers:
         nn.init.zeros_(layer.mixer.out_proj.weight)
         nn.init.zeros_(layer.mlp.w2.weight)
@@ -81,7 +78,8 @@ def new_teacher(base: Any, config: ModelConfig | None = None, *, seed: int = 0) 
     text = tensors.pop("text")
     model.embedding.text.weight.copy_(_grown(text, model.config.embedding.llm_vocab_size))
     missing, extra = model.load_state_dict(tensors, strict=False)
-    assert not extra and all(name.startswith(("embedding.", "language.output")) for name in missing), (missing, extra)
+    assert not extra, extra
+    assert all(name.startswith(("embedding.", "language.output")) for name in missing), missing
     return model
 
 

@@ -1,7 +1,7 @@
 """Conversations drawn from the base model itself, to keep its ability to chat: `python -m distill.sample_text OUT`.
 
-The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464), or it
-answers given questions. One JSON object a line: {"messages": [{"role", "content"}, ...]}. Appends, so a stopped run can go on.
+The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464), or then
+answers. One JSON object a line: {"messages": [{"role", "content"}, ...]}. Appends, so a stopped run can go on.
 """
 
 from __future__ import annotations

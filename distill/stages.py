@@ -9,8 +9,9 @@ stage3   the mixers end to end: KL(teacher || student) on the answers.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.convert import make_student
-from distill.data.batches import Batch, pixel_values
+from distill.data.batches import Batch
+from distill.inputs import Inputs, answer_hidden, hidden_states, prepare, weighted_mean
 from distill.losses import MSE_SCALE, layer_mse, token_kl
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
@@ -29,35 +31,34 @@ TRAINING_CHUNK = 512
 _NO_DECAY = ("A_log", "dt_bias", ".bias", "norm.weight", "position_embedding", "class_embedding")
 
 
-class Stage(Protocol):
+class Stage(ABC):
+    """What trains, and the forward and backward pass of a step."""
+
+    model: MMMamba  # the network that the step runs
+
+    @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that trains, by name."""
 
+    @abstractmethod
+    def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
+        """Forward and backward over weighted batches on the model's device; leaves gradients, returns what to log.
+
+        Looks at no values on the device and allocates nothing of varying size, so that it can be captured.
+        """
+
     def learning_rate(self, name: str) -> str:
         """The field of StageConfig that holds a parameter's peak rate."""
+        return "lr"
 
     def step(self, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
-        """Forward and backward over weighted batches; leaves gradients, returns what to log."""
+        """`compute` on batches as they come from the loader."""
+        config, device = self.model.config, self.model.device
+        return self.compute([(weight, prepare(batch, config).to(device)) for weight, batch in batches])
 
-
-def device_pixels(batch: Batch, device: torch.device) -> Tensor | None:
-    """The batch's tiles as the model takes them, normalised on the device; None for text."""
-    return None if batch.pixels is None else pixel_values(batch.pixels.to(device, non_blocking=True))
-
-
-def answer_positions(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat positions whose next token is to be learned, and those tokens. Computed on the CPU, sent without waiting."""
-    seqlen = batch.input_ids.shape[1]
-    rows, columns = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
-    targets = batch.input_ids[rows, columns + 1]
-    return (rows * seqlen + columns).to(device, non_blocking=True), targets.to(device, non_blocking=True)
-
-
-def answer_hidden(model: MMMamba, batch: Batch, positions: Tensor) -> Tensor:
-    """Hidden states at the answer positions, (n, hidden_size)."""
-    pixels = device_pixels(batch, positions.device)
-    hidden = model.hidden_states(batch.input_ids, pixels)
-    return hidden.flatten(0, 1)[positions]
+    def autocast(self) -> torch.autocast:
+        # No cache of cast weights: it would hold on to tensors of a captured graph.
+        return torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -69,16 +70,19 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def no_weight_decay(name: str) -> bool:
+    """Whether a parameter is a scale, an offset or a position, which decay would only pull off."""
     return any(part in name for part in _NO_DECAY)
 
 
-class TeacherStage:
-    """Everything trains; the pretrained language model at a rate of its own."""
+class TeacherStage(Stage):
+    """Everything trains; the pretrained language model at a rate of its own.
+
+    The base that text is held to is the language model as it comes in, without the embedding stack (the identity then).
+    """
 
     def __init__(self, model: MMMamba, *, compiled: bool) -> None:
         self.model = model.train().requires_grad_(True)
         model.embedding.stem.class_embedding.requires_grad_(False)
-        # The base for text: the language model as it was, in bf16 and without the embedding stack (identity then).
         self.base_text = copy.deepcopy(model.embedding.text).to(torch.bfloat16).requires_grad_(False)
         self.base = copy.deepcopy(model.language).to(torch.bfloat16).requires_grad_(False)
         if compiled:
@@ -91,34 +95,33 @@ class TeacherStage:
     def learning_rate(self, name: str) -> str:
         return "lr_language" if name.startswith("language.") or name == "embedding.text.weight" else "lr"
 
-    def step(self, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
-        device = self.model.device
+    def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
-        for weight, batch in batches:
-            positions, targets = answer_positions(batch, device)
-            with torch.autocast(device.type, torch.bfloat16):
-                logits = self.model.language.output(answer_hidden(self.model, batch, positions))
-                if batch.pixels is None:
-                    with torch.no_grad():
-                        ids = batch.input_ids.to(device, non_blocking=True)
-                        base = self.base(self.base_text(ids)).flatten(0, 1)[positions]
-                        base_logits = self.base.output(base)
-                    loss = token_kl(logits, base_logits).mean()
-                    out["text_kl"] = loss.detach()
+        for weight, inputs in batches:
+            with self.autocast():
+                logits = self.model.language.output(answer_hidden(self.model, inputs))
+                if inputs.is_image:
+                    losses = F.cross_entropy(logits.float(), inputs.targets, reduction="none")
                 else:
-                    loss = F.cross_entropy(logits.float(), targets)
-                    out["image_ce"] = loss.detach()
+                    losses = token_kl(logits, self._base_logits(inputs))
+                loss = weighted_mean(losses, inputs)
             (weight * loss).backward()
+            out["image_ce" if inputs.is_image else "text_kl"] = loss.detach()
         return out
+
+    @torch.no_grad()
+    def _base_logits(self, inputs: Inputs) -> Tensor:
+        hidden = self.base(self.base_text(inputs.layout.stack_ids))  # text: both stacks see the same tokens
+        return self.base.output(hidden.flatten(0, 1).index_select(0, inputs.positions))
 
 
 class PairedMixer(nn.Module):
-    """Stands in for a teacher's attention: passes its output on, and trains a mixer to give the same from the same input.
+    """Stands in for a teacher's attention: passes its output on, and trains a mixer to give the same for the same.
 
     The backward pass of a layer runs at once, so that no activations outlive it.
     """
 
-    def __init__(self, attention: nn.Module, mixer: Mamba2Mixer, num_layers: int, *, compiled: bool) -> None:
+    def __init__(self, attention: Any, mixer: Mamba2Mixer, num_layers: int, *, compiled: bool) -> None:
         super().__init__()
         self.attention = attention
         self.mixer = mixer
@@ -141,7 +144,7 @@ class PairedMixer(nn.Module):
         return self.attention.out_proj(target)
 
 
-class LayerStage:
+class LayerStage(Stage):
     """Stages 1 and 2: one pass of the teacher feeds the mixers of all layers."""
 
     def __init__(self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool) -> None:
@@ -152,42 +155,38 @@ class LayerStage:
         )
         self.paired = [m for m in self.model.modules() if isinstance(m, PairedMixer)]
         for paired in self.paired:
-            paired.mixer.requires_grad_(True)
-            paired.mixer.out_proj.requires_grad_(False)
-            paired.mixer.in_proj.vkq.requires_grad_(train_vkq)
-            paired.mixer.chunk_size = TRAINING_CHUNK
+            mixer: Any = paired.mixer
+            mixer.requires_grad_(True)
+            mixer.out_proj.requires_grad_(False)
+            mixer.in_proj.vkq.requires_grad_(train_vkq)
+            mixer.chunk_size = TRAINING_CHUNK
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
-            f"{i}.{name}": p
+            f"{i}.mixer.{name}": p
             for i, paired in enumerate(self.paired)
-            for name, p in (("mixer." + n, p) for n, p in paired.mixer.named_parameters())
+            for name, p in paired.mixer.named_parameters()
             if p.requires_grad
         }
 
-    def learning_rate(self, name: str) -> str:
-        return "lr"
-
-    def step(self, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
-        device = self.model.device
+    def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
-        for weight, batch in batches:
+        for weight, inputs in batches:
             for paired in self.paired:
                 paired.weight = weight
-            pixels = device_pixels(batch, device)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                self.model.hidden_states(batch.input_ids, pixels)
-            kind = "text" if batch.pixels is None else "image"
-            out[f"{kind}_mse"] = MSE_SCALE * torch.stack([p.loss for p in self.paired]).mean()
+            with torch.no_grad(), self.autocast():
+                hidden_states(self.model, inputs)
+            losses = torch.stack([paired.loss for paired in self.paired])
+            out["image_mse" if inputs.is_image else "text_mse"] = MSE_SCALE * losses.mean()
         return out
 
 
-class LogitsStage:
+class LogitsStage(Stage):
     """Stage 3: the student's answers against the teacher's, token by token."""
 
     def __init__(self, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> None:
         self.teacher = teacher.requires_grad_(False)
-        self.student = student.requires_grad_(False)
+        self.model = student.requires_grad_(False)
         for _, layer in paired_layers(teacher, student):
             layer.mixer.requires_grad_(True)
             layer.mixer.out_proj.requires_grad_(False)
@@ -197,23 +196,18 @@ class LogitsStage:
             compile_blocks(student)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def learning_rate(self, name: str) -> str:
-        return "lr"
-
-    def step(self, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
-        device = self.student.device
+    def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
-        for weight, batch in batches:
-            positions, _ = answer_positions(batch, device)
-            with torch.autocast(device.type, torch.bfloat16):
+        for weight, inputs in batches:
+            with self.autocast():
                 with torch.no_grad():
-                    teacher = self.teacher.language.output(answer_hidden(self.teacher, batch, positions))
-                student = self.student.language.output(answer_hidden(self.student, batch, positions))
-                loss = token_kl(student, teacher).mean()
+                    teacher = self.teacher.language.output(answer_hidden(self.teacher, inputs))
+                student = self.model.language.output(answer_hidden(self.model, inputs))
+                loss = weighted_mean(token_kl(student, teacher), inputs)
             (weight * loss).backward()
-            out["text_kl" if batch.pixels is None else "image_kl"] = loss.detach()
+            out["image_kl" if inputs.is_image else "text_kl"] = loss.detach()
         return out
 
 
@@ -229,7 +223,8 @@ def _with_mixers(teacher: MMMamba, replace: dict[int, PairedMixer]) -> MMMamba:
     """A view of the teacher with some mixers replaced; everything else is shared."""
     types = tuple(stack.layer_types for stack in teacher.config.stacks)
     view = make_student(teacher, *types)  # no mamba2 layer in it: a structural copy
-    for stack in (view.embedding, view.language):
+    for name in ("embedding", "language"):
+        stack: Any = getattr(view, name)
         layers = []
         for layer in stack.layers:
             if id(layer.mixer) in replace:

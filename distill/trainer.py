@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from distill.config import StageConfig
 from distill.data.batches import Batch
+from distill.inputs import Inputs, prepare
 from distill.rounding import round_, rounded_weights
+from distill.runner import step_runner
 from distill.stages import Stage, no_weight_decay
 
 LOG_EVERY = 25
@@ -26,70 +30,66 @@ def train(
     image_batches: Iterator[Batch],
     text_batches: Iterator[Batch] | None,
     log_path: Path,
+    *,
+    graph: bool = False,
+    save: Callable[[], None] | None = None,
 ) -> None:
     """Run a stage; leaves the trained values in its parameters, rounded as stored if the config rounds at all.
 
-    Appends a JSON line to `log_path` and prints one every LOG_EVERY steps.
-    Raises: FloatingPointError if the loss is not finite (checked whenever a line is written).
+    Appends a JSON line to `log_path` and prints one every LOG_EVERY steps; the minutes of the config count from this
+    call on, compilation included.
+
+    Args:
+        graph: capture the step as a CUDA graph.
+        save: called every `config.save_minutes`, to write what there is so far.
+    Raises: FloatingPointError if the loss is not finite (checked whenever a line is written), ValueError if nothing
+        trains.
     """
     parameters = stage.parameters()
     if not parameters:
         raise ValueError(f"{name} trains nothing; check the layer types of the recipe")
-    print(f"{name}: {sum(p.numel() for p in parameters.values()):,} parameters in {len(parameters)} tensors", flush=True)
-    optimizer = torch.optim.AdamW(_groups(stage, parameters, config), betas=(0.9, 0.95), fused=_fused(parameters))
+    count = sum(p.numel() for p in parameters.values())
+    print(f"{name}: {count:,} parameters in {len(parameters)} tensors", flush=True)
+    cuda = next(iter(parameters.values())).is_cuda
+    optimizer = torch.optim.AdamW(_groups(stage, parameters, config), betas=(0.9, 0.95), fused=cuda)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    started = last = time.perf_counter()
-    step = logged = 0
-    rounding = False
-    while (progress := _progress(step, started, config)) < 1:
+    run = step_runner(stage, graph=graph)
+    clock = _Clock(config)
+    step = 0
+    while (progress := clock.progress(step)) < 1:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * config.lr_factor(progress)
         rounding = progress >= config.round_from
-        batches = [(1.0, next(image_batches))]
-        if text_batches is not None and config.text_batch:
-            batches.append((config.text_weight, next(text_batches)))
+        with clock.waiting():
+            batches = _next(stage, config, image_batches, text_batches)
         with rounded_weights(parameters) if rounding else nullcontext():
-            metrics = stage.step(batches)
+            metrics = run(batches)
         norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step == 1:
-            first_ms = (time.perf_counter() - started) * 1e3
-            started = last = time.perf_counter()  # compilation does not count against the minutes
-            print(f"{name}: first step took {first_ms:.0f} ms", flush=True)
         if step % LOG_EVERY == 0 or step == 1:
-            values = {k: float(v) for k, v in metrics.items()}
-            now = time.perf_counter()
-            line = {
-                "stage": name,
-                "step": step,
-                "progress": round(progress, 4),
-                "seconds": round(now - started, 1),
-                "ms_per_step": round((now - last) * 1e3 / (step - logged), 1),
-                "grad_norm": round(float(norm), 4),
-                "rounding": rounding,
-            } | {k: round(v, 5) for k, v in values.items()}
-            last, logged = now, step
-            print(json.dumps(line), flush=True)
-            with log_path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            if not all(torch.isfinite(torch.tensor(list(values.values())))):
-                raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; lower the learning rate")
+            values = {k: round(float(v), 5) for k, v in metrics.items()} | {"grad_norm": round(float(norm), 4)}
+            line = {"stage": name, "step": step, "progress": round(progress, 4), "rounding": rounding}
+            _write(log_path, line | clock.lap(step) | values)
+            if not all(math.isfinite(v) for v in values.values()):
+                raise FloatingPointError(f"{name}: not finite at step {step}: {values}; lower the learning rate")
+        if save is not None and clock.save_due():
+            save()
     if config.round_from < 1:
         round_(parameters)
 
 
-def _progress(step: int, started: float, config: StageConfig) -> float:
-    by_time = (time.perf_counter() - started) / (60 * config.max_minutes) if config.max_minutes else 0.0
-    return max(step / config.steps, by_time)
+def _next(
+    stage: Stage, config: StageConfig, image_batches: Iterator[Batch], text_batches: Iterator[Batch] | None
+) -> list[tuple[float, Inputs]]:
+    batches = [(1.0, prepare(next(image_batches), stage.model.config, config.image_answer_tokens))]
+    if text_batches is not None and config.text_batch:
+        text = prepare(next(text_batches), stage.model.config, config.text_answer_tokens)
+        batches.append((config.text_weight, text))
+    return batches
 
 
-def _fused(parameters: dict[str, nn.Parameter]) -> bool:
-    return next(iter(parameters.values())).device.type == "cuda"
-
-
-def _groups(stage: Stage, parameters: dict[str, nn.Parameter], config: StageConfig) -> list[dict[str, object]]:
+def _groups(stage: Stage, parameters: dict[str, nn.Parameter], config: StageConfig) -> list[dict[str, Any]]:
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((stage.learning_rate(name), no_weight_decay(name)), []).append(parameter)
@@ -101,3 +101,52 @@ def _groups(stage: Stage, parameters: dict[str, nn.Parameter], config: StageConf
         }
         for (rate, plain), params in groups.items()
     ]
+
+
+def _write(log_path: Path, line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+    with log_path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+class _Clock:
+    """Time of a run: its progress, the rate since the last log line, the share spent waiting for data."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
+        self.started = self.last_lap = self.last_save = time.perf_counter()
+        self.lap_step = 0
+        self.waited_s = 0.0
+        self._wait_began = 0.0
+
+    def progress(self, step: int) -> float:
+        minutes = (time.perf_counter() - self.started) / 60
+        by_time = minutes / self.config.max_minutes if self.config.max_minutes else 0.0
+        return max(step / self.config.steps, by_time)
+
+    def waiting(self) -> _Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.waited_s += time.perf_counter() - self._wait_began
+
+    def lap(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        steps = step - self.lap_step
+        line = {
+            "seconds": round(now - self.started, 1),
+            "ms_per_step": round((now - self.last_lap) * 1e3 / steps, 1),
+            "data_ms": round(self.waited_s * 1e3 / steps, 1),
+        }
+        self.last_lap, self.lap_step, self.waited_s = now, step, 0.0
+        return line
+
+    def save_due(self) -> bool:
+        now = time.perf_counter()
+        due = bool(self.config.save_minutes) and now - self.last_save >= 60 * self.config.save_minutes
+        if due:
+            self.last_save = now
+        return due

@@ -106,7 +106,9 @@ def _stored_form(name: str, tensor: Tensor, spec: PackedSpec | None) -> tuple[di
 
 def _parts(name: str, tensor: Tensor, spec: PackedSpec | None, limit: int) -> list[tuple[str, Tensor]]:
     """The tensor whole, or in runs of rows that fit a shard."""
-    bits = 32.0 if spec is None else spec.bits + 32 / spec.group_size  # 16 for large ones: splitting them early is harmless
+    bits = (
+        32.0 if spec is None else spec.bits + 32 / spec.group_size
+    )  # 16 for large ones: splitting them early is harmless
     if tensor.numel() * bits / 8 <= limit:
         return [(name, tensor)]
     rows = int(limit / (tensor[0].numel() * bits / 8)) if tensor.ndim else 0

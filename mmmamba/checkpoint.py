@@ -57,7 +57,7 @@ def load_model(
     """Load HoVLE or mmMamba from a directory, a Hugging Face hub id or a bundled name ("nano", "nano-teacher").
 
     Args:
-        device, dtype: where the weights go and how wide they are there; decays and step biases stay in float32 at least.
+        device, dtype: where the weights go and how wide they are; decays and step biases stay in float32 at least.
         revision: branch, tag or commit of a hub id.
         progress: called with (fraction done, what is being read).
     Returns: the model in eval mode, frozen; `model.source` is the directory it came from.
@@ -107,8 +107,8 @@ def save_model(model: MMMamba, path: str | Path) -> None:
             shutil.copy2(file, path / file.name)
 
 
-def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; downloads a hub id into the Hugging Face cache.
+def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None, config_only: bool = False) -> Path:
+    """The local directory of a checkpoint; downloads a hub id (or only its config) into the Hugging Face cache.
 
     Raises: CheckpointError if there is no such directory, bundled name or reachable hub repository.
     """
@@ -128,11 +128,8 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = Non
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.safetensors", INDEX, "config.json", *TOKENIZER_FILES]
-            )
-        )
+        patterns = ["config.json"] if config_only else ["config.json", "*.safetensors", INDEX, *TOKENIZER_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and the OS's errors; all mean "not to be had"
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
@@ -187,7 +184,8 @@ class _Stored(NamedTuple):
     def read(self, dtype: torch.dtype) -> Tensor:
         if self.spec is None:
             return self.file.get_tensor(self.name).to(dtype)
-        return unpack(*(self.file.get_tensor(f"{self.name}.{part}") for part in PACKED_PARTS), self.spec, dtype)
+        qweight, scales, zeros = (self.file.get_tensor(f"{self.name}.{part}") for part in PACKED_PARTS)
+        return unpack(qweight, scales, zeros, self.spec, dtype)
 
 
 class _TensorFiles:
@@ -202,7 +200,9 @@ class _TensorFiles:
         for path in paths:
             for name, entry in _open(path, stack).items():
                 if wanted is None and name in stored:
-                    raise CheckpointError(f"{path} holds {name}, and so does a file before it; keep one, or add an index")
+                    raise CheckpointError(
+                        f"{path} holds {name}, and so does a file before it; keep one, or add an index"
+                    )
                 if wanted is None or wanted.get(name) == path:
                     stored[name] = entry
         if wanted is not None and (absent := sorted(wanted.keys() - stored.keys())):
@@ -219,7 +219,9 @@ class _TensorFiles:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} holds no weight_map of tensors to files ({error!r}); fetch it again") from error
+            raise CheckpointError(
+                f"{index} holds no weight_map of tensors to files ({error!r}); fetch it again"
+            ) from error
         base = self.directory.resolve()
         # Not resolved further: in the hub's cache the files are links to blobs elsewhere.
         paths = {name: Path(os.path.normpath(base / file)) for name, file in files.items()}
@@ -235,8 +237,8 @@ class _TensorFiles:
         pickles = sorted(p.name for pattern in _PICKLES for p in self.directory.glob(pattern))
         if pickles:
             raise CheckpointError(
-                f"{self.directory} holds only pickle files ({', '.join(pickles[:3])}); loading them can run any code, so "
-                "they are refused: convert them to safetensors"
+                f"{self.directory} holds only pickle files ({', '.join(pickles[:3])}); loading them can run any code, "
+                "so they are refused: convert them to safetensors"
             )
         raise CheckpointError(f"{self.directory} holds no safetensors files; pass a complete checkpoint")
 
@@ -268,7 +270,7 @@ def _open(path: Path, stack: ExitStack) -> dict[str, _Stored]:
 
 
 def _part_order(stored_name: str) -> tuple[str, int]:
-    """Name of the tensor and number of the part: a tensor too large for one file is stored as `name::0`, `name::1`, ..."""
+    """Tensor and number of the part: one too large for a file is stored as `name::0`, `name::1`, ..."""
     name, _, part = stored_name.partition(PART_SEPARATOR)
     return name, int(part or 0)
 

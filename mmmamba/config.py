@@ -75,7 +75,8 @@ class StackConfig:
                 raise ConfigError(f'{name}: layer {i} has type "{layer_type}"; use one of {", ".join(LAYER_TYPES)}')
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"{name}: hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}"
+                f"{name}: hidden_size {self.hidden_size} does not divide by "
+                f"num_attention_heads {self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -124,7 +125,8 @@ class EmbeddingConfig(StackConfig):
             raise ConfigError(f"downsample_ratio {self.downsample_ratio} is not supported; use 0.5")
         if self.image_size % (2 * self.patch_size):
             raise ConfigError(
-                f"image_size {self.image_size} must be a multiple of twice patch_size {self.patch_size} for pixel shuffle"
+                f"image_size {self.image_size} must be a multiple of twice patch_size {self.patch_size} "
+                "for pixel shuffle"
             )
         if self.llm_hidden_size != self.hidden_size:
             raise ConfigError(
@@ -255,7 +257,8 @@ class ModelConfig:
         force_image_size = raw.get("force_image_size")
         if force_image_size not in (None, embedding["image_size"]):
             raise ConfigError(
-                f"force_image_size {force_image_size} differs from embedding_config.image_size {embedding['image_size']}"
+                f"force_image_size {force_image_size} differs from "
+                f"embedding_config.image_size {embedding['image_size']}"
             )
         return cls(
             embedding=EmbeddingConfig(**embedding),

@@ -15,12 +15,16 @@ from mmmamba.model import MMMamba
 from mmmamba.state import DecodeState
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
 
+# Tokens read between two looks at the cancel flag: a fraction of a second of work on either device.
+CPU_PIECE = 256
+GPU_PIECE = 2048
+
 FinishReason = Literal["stop", "length", "cancel"]
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """`input_ids` (batch, seqlen) int64; `pixel_values` (num_tiles, channels, side, side), tiles of all rows in order."""
+    """`input_ids` (batch, seqlen) int64; `pixel_values` (num_tiles, channels, side, side), rows in order, or None."""
 
     input_ids: Tensor
     pixel_values: Tensor | None = None
@@ -76,13 +80,24 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
 
 
+class PrefillCancelled(Exception):
+    """The cancel flag was set while a prompt was being read; the state has seen a part of it."""
+
+
 @torch.inference_mode()
-def prefill(model: MMMamba, inputs: ModelInputs, state: DecodeState, *, piece_size: int = 1024) -> Tensor:
-    """Read a prompt into `state` in pieces of at most `piece_size` tokens, so that memory does not grow with the prompt.
+def prefill(
+    model: MMMamba,
+    inputs: ModelInputs,
+    state: DecodeState,
+    *,
+    piece_size: int = 1024,
+    cancel: threading.Event | None = None,
+) -> Tensor:
+    """Read a prompt into `state` in pieces of at most `piece_size` tokens, so that memory stays that of a piece.
 
     Returns: logits of the last position, (batch, vocab_size).
-    Raises: ValueError if image tokens and tiles do not match, or piece_size is below 1. The state is advanced in place:
-        after an error clone-and-drop is the way back.
+    Raises: ValueError if image tokens and tiles do not match, or piece_size is below 1; PrefillCancelled if `cancel` is
+        set between two pieces. The state is advanced in place: to be able to go back, keep a clone.
     """
     if piece_size < 1:
         raise ValueError(f"piece_size={piece_size} must be 1 or more")
@@ -93,9 +108,7 @@ def prefill(model: MMMamba, inputs: ModelInputs, state: DecodeState, *, piece_si
     num_image = int(image_tokens[0].sum())
     embedded = min(state.pending.shape[1], seqlen)  # tokens of a tile that the embedding stack has seen already
     total = (
-        state.embedding.seqlen
-        + (seqlen - num_image)
-        + (num_image - embedded) * config.stack_tokens_per_image_token,
+        state.embedding.seqlen + (seqlen - num_image) + (num_image - embedded) * config.stack_tokens_per_image_token,
         state.language.seqlen + seqlen,
     )
     tiles = inputs.pixel_values
@@ -106,6 +119,8 @@ def prefill(model: MMMamba, inputs: ModelInputs, state: DecodeState, *, piece_si
     used = 0
     logits = None
     for start in range(0, max(seqlen, 1), piece_size):
+        if cancel is not None and cancel.is_set():
+            raise PrefillCancelled
         piece = ids[:, start : start + piece_size]
         last = start + piece_size >= seqlen
         piece_tiles = None
@@ -183,16 +198,22 @@ def stream(
 ) -> Iterator[StreamEvent]:
     """Read a prompt (batch 1) and yield the reply as it comes, one event a token and a last one with the reason.
 
-    Text is held back while it could be the beginning of a stop string or half a character. When the last event has been
-    yielded, or the generator is closed, `state` has seen the prompt and every token of the reply but the stop token: the
-    next turn goes on from there. (After a stop string it has also seen the tokens that spelled it.)
+    Text is held back while it could be the beginning of a stop string or half a character. When the last event has
+    been yielded, or the generator is closed, `state` has seen the prompt and every token of the reply but the stop
+    token: the next turn goes on from there. (After a stop string it has also seen the tokens that spelled it. Cancelled
+    before the first token, it has seen a part of the prompt only: go back to a clone.)
 
     Raises: ValueError if the batch is not 1, or from `prefill`.
     """
     if inputs.input_ids.shape[0] != 1:
         raise ValueError(f"stream takes one conversation, input_ids holds {inputs.input_ids.shape[0]} rows")
     started = time.perf_counter()
-    logits = prefill(model, inputs, state)
+    try:
+        piece_size = CPU_PIECE if model.device.type == "cpu" else GPU_PIECE
+        logits = prefill(model, inputs, state, piece_size=piece_size, cancel=cancel)
+    except PrefillCancelled:
+        yield StreamEvent("", "", 0, None, (time.perf_counter() - started) * 1e3, None, "cancel")
+        return
     generator = torch.Generator(device=logits.device)
     if params.seed is None:
         generator.seed()
@@ -200,7 +221,9 @@ def stream(
         generator.manual_seed(params.seed)
 
     text = _StopText(StreamDecoder(tokenizer), stop_strings)
-    padding = range(tokenizer.vocab_size, logits.shape[-1])  # rows of the head that stand for no token
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    banned[tokenizer.vocab_size :] = True  # rows of the head that stand for no token
+    banned[model.config.embedding.img_context_token_id] = True  # stands for pixels that nobody has
     stops = set(stop_token_ids)
     history: list[int] = []
     ttft_ms: float | None = None
@@ -217,8 +240,7 @@ def stream(
             reason = "cancel"
             break
         tick = time.perf_counter()
-        if padding:
-            logits[:, padding.start :] = float("-inf")
+        logits = logits.masked_fill(banned, float("-inf"))
         seen = torch.tensor([history], device=logits.device) if params.repetition_penalty != 1.0 else None
         token = sample(logits, params, generator=generator, history=seen)
         token_id = int(token)

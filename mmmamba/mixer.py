@@ -27,6 +27,30 @@ class GatedRMSNorm(nn.Module):
         return (normed * F.silu(gate.to(wide))).to(y.dtype)
 
 
+class CausalConv(nn.Module):
+    """Depthwise causal convolution of width D_CONV over the sequence; stored as a Conv1d's weight and bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 1, D_CONV))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, state: MambaState | None) -> Tensor:
+        """(batch, seqlen, dim) to the same, continued from `state.conv_state`, which moves on."""
+        seqlen = x.shape[1]
+        if state is None:
+            padded = F.pad(x, (0, 0, D_CONV - 1, 0))
+        else:
+            padded = torch.cat([state.conv_state.mT, x], dim=1)
+            state.conv_state.copy_(padded[:, seqlen:].mT)
+        taps = self.weight[:, 0]  # (dim, D_CONV)
+        # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
+        out = self.bias + padded[:, :seqlen] * taps[:, 0]
+        for i in range(1, D_CONV):
+            out = out + padded[:, i : i + seqlen] * taps[:, i]
+        return out
+
+
 class Mamba2Mixer(nn.Module):
     """mmMamba's mixer (arXiv:2502.13145, section 3): no rotary, no D.
 
@@ -41,8 +65,8 @@ class Mamba2Mixer(nn.Module):
         self.head_dim = config.head_dim
         self.splits = (config.conv_dim, config.hidden_size, config.num_attention_heads)
         self.conv_splits = (config.kv_dim, config.kv_dim, config.hidden_size)
-        self.in_proj = nn.Linear(config.hidden_size, config.mixer_dim, bias=False)
-        self.conv = nn.Conv1d(config.conv_dim, config.conv_dim, D_CONV, groups=config.conv_dim)
+        self.in_proj: nn.Module = nn.Linear(config.hidden_size, config.mixer_dim, bias=False)
+        self.conv = CausalConv(config.conv_dim)
         self.A_log = nn.Parameter(torch.ones(config.num_attention_heads))
         self.dt_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
         self.norm = GatedRMSNorm(config.head_dim)
@@ -59,7 +83,7 @@ class Mamba2Mixer(nn.Module):
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
         batch, seqlen, _ = x.shape
         vkq, gate, dt = self.in_proj(x).split(self.splits, dim=-1)
-        vkq = F.silu(self._convolve(vkq, state))
+        vkq = F.silu(self.conv(vkq, state))
         v, k, q = vkq.split(self.conv_splits, dim=-1)
         v, k = (t.reshape(batch, seqlen, self.num_kv_heads, self.head_dim) for t in (v, k))
         q, gate = (t.reshape(batch, seqlen, self.num_heads, self.head_dim) for t in (q, gate))
@@ -75,18 +99,3 @@ class Mamba2Mixer(nn.Module):
             if state is not None:
                 state.ssm_state.copy_(final)
         return self.norm(y, gate).reshape(batch, seqlen, -1)
-
-    def _convolve(self, x: Tensor, state: MambaState | None) -> Tensor:
-        """Depthwise causal convolution over (batch, seqlen, conv_dim), continued from `state.conv_state`."""
-        seqlen = x.shape[1]
-        if state is None:
-            padded = F.pad(x, (0, 0, D_CONV - 1, 0))
-        else:
-            padded = torch.cat([state.conv_state.mT, x], dim=1)
-            state.conv_state.copy_(padded[:, seqlen:].mT)
-        taps = self.conv.weight[:, 0]  # (conv_dim, D_CONV)
-        # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
-        out = self.conv.bias + padded[:, :seqlen] * taps[:, 0]
-        for i in range(1, D_CONV):
-            out = out + padded[:, i : i + seqlen] * taps[:, i]
-        return out

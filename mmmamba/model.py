@@ -96,6 +96,7 @@ class TokenLayout(NamedTuple):
     """How the tokens of the language model lie in the embedding stack; indices run over the flattened batch."""
 
     stack_ids: Tensor  # (batch, stack_seqlen), image tokens repeated
+    stack_text: Tensor  # positions of other tokens in the embedding stack
     stack_image: Tensor  # positions of image tokens in the embedding stack
     first: Tensor  # for every token of the language model its (first) position in the embedding stack
     image: Tensor  # positions of image tokens among the language model's
@@ -114,9 +115,11 @@ def token_layout(input_ids: Tensor, image_token_id: int, repeat: int) -> TokenLa
         _image_tokens_per_row(is_image)
     stack_ids = input_ids.flatten().repeat_interleave(repeats.flatten()).view(batch, -1)
     first = repeats.flatten().cumsum(0) - repeats.flatten()
+    stack_image = (stack_ids == image_token_id).flatten()
     return TokenLayout(
         stack_ids,
-        (stack_ids == image_token_id).flatten().nonzero().squeeze(1),
+        (~stack_image).nonzero().squeeze(1),
+        stack_image.nonzero().squeeze(1),
         first,
         is_image.flatten().nonzero().squeeze(1),
     )
@@ -183,7 +186,9 @@ class HolisticEmbedding(DecoderStack):
                 rest = F.pad(rest, (0, missing), value=self.config.img_context_token_id)
             out.append(self._embed(rest, pixel_values, state, total_seqlen))
         elif pixel_values is not None:
-            raise ValueError(f"{len(pixel_values)} tiles were passed for image tokens that have their embeddings already")
+            raise ValueError(
+                f"{len(pixel_values)} tiles were passed for image tokens that have their embeddings already"
+            )
         x = torch.cat(out, dim=1) if len(out) > 1 else out[0]
         if state is not None:
             state.pending = torch.cat([x[:, seqlen:], state.pending[:, waiting:]], dim=1)
@@ -222,29 +227,47 @@ class HolisticEmbedding(DecoderStack):
     def _embed(
         self, input_ids: Tensor, pixel_values: Tensor | None, state: DecodeState | None, total_seqlen: int | None
     ) -> Tensor:
-        batch, seqlen = input_ids.shape
+        layout = token_layout(input_ids, self.config.img_context_token_id, self.config.stack_tokens_per_image_token)
         device = self.text.weight.device
-        layout = token_layout(
-            input_ids, self.config.img_context_token_id, self.config.stack_tokens_per_image_token
-        )
         layout = TokenLayout(*(t.to(device, non_blocking=True) for t in layout))
-        x = self._text_embeddings(layout.stack_ids)
-        dim = x.shape[-1]
-        post = self.config.pixel_shuffle_loc == "post"
         if pixel_values is not None:
-            patches = self.stem(pixel_values.to(device, non_blocking=True))
+            pixel_values = pixel_values.to(device, non_blocking=True)
+        batch, seqlen = input_ids.shape
+        return self.embed_layout(layout, (batch, seqlen), pixel_values, state, total_seqlen)
+
+    def embed_layout(
+        self,
+        layout: TokenLayout,
+        shape: tuple[int, int],
+        pixel_values: Tensor | None,
+        state: DecodeState | None = None,
+        total_seqlen: int | None = None,
+    ) -> Tensor:
+        """As `forward` for whole tiles whose layout is known, everything on this model's device: looks at no values, so
+        that training can capture it. `shape` is (batch, seqlen) of the language model."""
+        batch, seqlen = shape
+        dim = self.config.hidden_size
+        post = self.config.pixel_shuffle_loc == "post"
+        if pixel_values is None:
+            x = self._text_embeddings(layout.stack_ids)
+        else:
+            patches = self.stem(pixel_values)
             if not post:
                 patches = self.shuffle_proj(pixel_shuffle(patches))
-            flat = x.reshape(-1, dim).index_copy(0, layout.stack_image, patches.reshape(-1, dim).to(x.dtype))
-            x = flat.view_as(x)
+            # Only text is looked up: thousands of equal image ids in one lookup make its backward pass slow.
+            text = self._text_embeddings(layout.stack_ids.flatten().index_select(0, layout.stack_text))
+            flat = text.new_empty(layout.stack_ids.numel(), dim).index_copy(0, layout.stack_text, text)
+            flat = flat.index_copy(0, layout.stack_image, patches.reshape(-1, dim).to(flat.dtype))
+            x = flat.view(batch, -1, dim)
 
         x = self.run(x, None if state is None else state.embedding, total_seqlen)
 
         if post and pixel_values is not None:
             flat = x.reshape(-1, dim)
-            image = flat[layout.stack_image].view(len(pixel_values), -1, dim)
+            image = flat.index_select(0, layout.stack_image).view(len(pixel_values), -1, dim)
             image = self.shuffle_proj(pixel_shuffle(image)).reshape(-1, dim)
-            x = flat[layout.first].index_copy(0, layout.image, image.to(x.dtype)).view(batch, seqlen, dim)
+            x = flat.index_select(0, layout.first).index_copy(0, layout.image, image.to(x.dtype))
+            x = x.view(batch, seqlen, dim)
         if self.normalize:
             x = x / x.norm(dim=-1, keepdim=True)
         return x
@@ -311,8 +334,8 @@ class MMMamba(nn.Module):
         """Logits for every position, or for the last one only.
 
         Args:
-            input_ids: (batch, seqlen), int64. Image tokens (`img_context_token_id`) stand where tiles go, as many as the
-                language model sees (`config.tokens_per_tile` a tile); all rows hold equally many.
+            input_ids: (batch, seqlen), int64. Image tokens (`img_context_token_id`) stand where tiles go, as many as
+                the language model sees (`config.tokens_per_tile` a tile); all rows hold equally many.
             pixel_values: (num_tiles, channels, side, side), tiles of all rows in order, or None for text.
             state: what has been seen so far; advanced in place. None starts anew and keeps nothing.
             total_seqlens: (embedding stack, language model), the lengths that dynamic NTK scaling should assume when
@@ -333,7 +356,9 @@ class MMMamba(nn.Module):
     ) -> Tensor:
         """As `forward`, but stops before the output head: (batch, seqlen, hidden_size)."""
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; use (batch, seqlen) with at least one token")
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; use (batch, seqlen) with at least one token"
+            )
         if state is not None:
             self._check_state(state, input_ids.shape[0])
         totals = (None, None) if total_seqlens is None else total_seqlens
@@ -347,8 +372,8 @@ class MMMamba(nn.Module):
     def _check_state(self, state: DecodeState, batch: int) -> None:
         if state.fingerprint != self.config.fingerprint():
             raise ValueError(
-                f"the state belongs to another model (fingerprint {state.fingerprint}, this {self.config.kind} model has "
-                f"{self.config.fingerprint()}); allocate one with model.new_state()"
+                f"the state belongs to another model (fingerprint {state.fingerprint}, this {self.config.kind} model "
+                f"has {self.config.fingerprint()}); allocate one with model.new_state()"
             )
         if state.batch != batch:
             raise ValueError(f"the state holds {state.batch} rows, input_ids {batch}; they must be equal")

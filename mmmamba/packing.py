@@ -1,5 +1,5 @@
-"""Stored form of compressed weights: integers of 4, 6 or 8 bits in groups along the input dimension, with a scale and an
-offset a group. Loading turns them back into plain tensors; choosing the scales well is `quantize`'s work."""
+"""Stored form of compressed weights: integers of 4, 6 or 8 bits in groups along the input dimension, with a scale and
+an offset a group. Loading turns them back into plain tensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
 def quantize(weight: Tensor, spec: PackedSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Round to the nearest of 2**bits levels between a group's smallest and largest weight.
 
-    Returns: q uint8 (groups, group_size), scales and zeros (groups,) float16. Rounding what was rounded changes nothing.
+    Returns: q uint8 (groups, group_size), scales and zeros (groups,) float16. Rounding twice is rounding once.
     """
     groups = weight.detach().float().reshape(-1, spec.group_size)
     low, high = groups.aminmax(dim=1)

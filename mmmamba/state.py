@@ -1,6 +1,6 @@
 """Decoding state: a value that the caller owns, so that two conversations cannot mix and a turn can be undone.
 
-A `mamba2` layer keeps a fixed number of bytes at any length; an `mha` layer keeps its keys and values, growing in blocks.
+A `mamba2` layer keeps a fixed number of bytes at any length; an `mha` layer keeps keys and values, growing in blocks.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -70,9 +71,7 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 
 def assert_near(name: str, actual: Tensor, reference: Tensor, tolerance: float) -> None:
     """Fails with the tensor, the place of the largest difference and both values."""
-    assert actual.shape == reference.shape, (
-        f"{name}: shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
-    )
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
     if not reference.numel():
         return
     error = relative_error(actual, reference)
@@ -177,11 +176,13 @@ def random_tiles(num_tiles: int, side: int = 56, *, seed: int = 0) -> Tensor:
     return torch.randn(num_tiles, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def pieces(ids: Tensor, tiles: Tensor | None, cuts: Sequence[int], image_id: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def pieces(
+    ids: Tensor, tiles: Tensor | None, cuts: Sequence[int], image_id: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """`ids` (1, seqlen) cut before the positions `cuts`; a tile goes with the piece that holds its first token."""
     given = seen = 0
     edges = [0, *sorted(set(cuts)), ids.shape[1]]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         piece = ids[:, start:end]
         seen += int((piece == image_id).sum())
         if tiles is None or (needed := -(-seen // TILE_TOKENS)) == given:

@@ -23,7 +23,9 @@ def logits(w: Mapping[str, Array], config: dict[str, Any], input_ids: list[int],
     return x @ head.T
 
 
-def holistic_embedding(w: Mapping[str, Array], config: dict[str, Any], input_ids: list[int], tiles: Array | None) -> Array:
+def holistic_embedding(
+    w: Mapping[str, Array], config: dict[str, Any], input_ids: list[int], tiles: Array | None
+) -> Array:
     """Inputs of the language model, (seqlen, hidden_size)."""
     e = config["embedding_config"]
     post = e["pixel_shuffle_loc"] == "post"
@@ -96,7 +98,9 @@ def shuffled(patches: Array, w: Mapping[str, Array]) -> Array:
     grid = patches.reshape(side, side, -1)
     x = np.stack(
         [
-            np.concatenate([grid[2 * q, 2 * p], grid[2 * q, 2 * p + 1], grid[2 * q + 1, 2 * p], grid[2 * q + 1, 2 * p + 1]])
+            np.concatenate(
+                [grid[2 * q, 2 * p], grid[2 * q, 2 * p + 1], grid[2 * q + 1, 2 * p], grid[2 * q + 1, 2 * p + 1]]
+            )
             for q in range(side // 2)
             for p in range(side // 2)
         ]
@@ -166,15 +170,20 @@ def mamba2(x: Array, layer: Mapping[str, Array], c: dict[str, Any]) -> Array:
     dt = np.log1p(np.exp(dt + layer["attention.dt_bias"]))
     out = []
     for head in range(heads):
-        own, shared = slice(head * d, (head + 1) * d), slice(head // (heads // kv_heads) * d, (head // (heads // kv_heads) + 1) * d)
-        y = recurrence(v[:, shared], dt[:, head], -math.exp(layer["attention.A_log_bias"][head]), k[:, shared], q[:, own])[0]
+        own, shared = (
+            slice(head * d, (head + 1) * d),
+            slice(head // (heads // kv_heads) * d, (head // (heads // kv_heads) + 1) * d),
+        )
+        y = recurrence(
+            v[:, shared], dt[:, head], -math.exp(layer["attention.A_log_bias"][head]), k[:, shared], q[:, own]
+        )[0]
         y = rms_norm(y, layer["attention.g_norm_swish_gate.weight"], 1e-5)
         out.append(y * silu(gate[:, own]))
     return np.concatenate(out, axis=1) @ layer["attention.o_proj.weight"].T
 
 
 def recurrence(x: Array, dt: Array, A: float, B: Array, C: Array, state: Array | None = None) -> tuple[Array, Array]:
-    """One head: h <- exp(dt A) h + dt x B^T, y = h C. x (seqlen, p), dt (seqlen,), B and C (seqlen, n), state (p, n)."""
+    """One head: h <- exp(dt A) h + dt x B^T, y = h C. x (seqlen, p), dt (seqlen,), B, C (seqlen, n), state (p, n)."""
     h = np.zeros((x.shape[1], B.shape[1])) if state is None else np.array(state, np.float64)
     ys = []
     for t in range(len(x)):

@@ -132,9 +132,7 @@ def test_saving_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     save_model(model, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
-    assert [f.name for f in files] == [
-        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
-    ]
+    assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     assert all(f.stat().st_size < 110_000 for f in files)
     index = json.loads((tmp_path / INDEX).read_text())
     assert set(index["weight_map"]) == set(load_file(GOLDEN / "post" / "hybrid" / WEIGHTS))
@@ -144,7 +142,13 @@ def test_saving_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_saving_takes_the_tokenizer_along(copy_of: Copy, tmp_path: Path) -> None:
     directory = copy_of()
-    names = ["added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    names = [
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     for i, name in enumerate(names):
         (directory / name).write_text(f"{i}")
     (directory / "modeling.py").write_text("raise SystemExit")
@@ -205,7 +209,11 @@ def test_the_key_map_is_one_to_one(folder: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.norm.weight", "language_model.model.layers.0.attention.bias", "language_model.model.layers.x.ffn_norm.weight"],
+    [
+        "model.norm.weight",
+        "language_model.model.layers.0.attention.bias",
+        "language_model.model.layers.x.ffn_norm.weight",
+    ],
 )
 def test_unknown_names(name: str) -> None:
     assert from_published(name) is None
@@ -270,7 +278,9 @@ def test_misshaped_tensors_are_listed(copy_of: Copy) -> None:
 def test_all_problems_come_at_once(copy_of: Copy) -> None:
     directory = copy_of()
     rewrite(directory, lambda t: [t.pop(HEAD), t.update({"x": torch.zeros(1), WQKV: torch.zeros(1)})])
-    with pytest.raises(CheckpointError, match=r"1 tensors missing: .*; 1 tensors not part of this model: x; 1 tensors of "):
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors missing: .*; 1 tensors not part of this model: x; 1 tensors of "
+    ):
         load_model(directory)
 
 
@@ -310,7 +320,9 @@ def test_no_weights(copy_of: Copy) -> None:
 def test_truncated_weights(copy_of: Copy, length: int) -> None:
     path = copy_of() / WEIGHTS
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match="model.safetensors cannot be read .* it may be cut short, fetch it again"):
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors cannot be read .* it may be cut short, fetch it again"
+    ):
         load_model(path.parent)
 
 
@@ -331,7 +343,7 @@ def test_broken_config(copy_of: Copy, text: str, message: str) -> None:
 
 
 def test_no_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no config.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config.json"):
         load_model(tmp_path)
 
 
@@ -375,7 +387,9 @@ def test_a_shard_that_is_not_there(copy_of: Copy) -> None:
     directory = copy_of()
     shard(directory)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names model-00002-of-00003.safetensors, which is not there; fetch the whole"):
+    with pytest.raises(
+        CheckpointError, match=r"names model-00002-of-00003.safetensors, which is not there; fetch the whole"
+    ):
         load_model(directory)
 
 
@@ -383,7 +397,7 @@ def test_an_index_that_names_what_no_file_holds(copy_of: Copy) -> None:
     directory = copy_of()
     weight_map = shard(directory)
     write_index(directory, weight_map | {"ghost.weight": weight_map[HEAD]})
-    with pytest.raises(CheckpointError, match="1 tensors named in the index but in no file: ghost.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensors named in the index but in no file: ghost.weight"):
         load_model(directory)
 
 
@@ -414,7 +428,7 @@ def test_an_index_may_not_point_elsewhere(copy_of: Copy, target: str) -> None:
 def test_a_broken_index(copy_of: Copy, content: str) -> None:
     directory = copy_of()
     (directory / INDEX).write_text(content)
-    with pytest.raises(CheckpointError, match="model.safetensors.index.json .*weight_map"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json .*weight_map"):
         load_model(directory)
 
 
@@ -480,7 +494,9 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             load_model("hustvl/mmMamba-linear", revision=revision)
         text = str(caught.value)
-        assert text.startswith(f'"hustvl/mmMamba-linear"{at} is not a local directory and could not be fetched from the hub')
+        assert text.startswith(
+            f'"hustvl/mmMamba-linear"{at} is not a local directory and could not be fetched from the hub'
+        )
         assert "pass a downloaded directory" in text
         assert "\n" not in text
 
@@ -499,7 +515,7 @@ def test_any_failure_of_the_client_is_one_sentence(error: Exception, monkeypatch
 
 @pytest.mark.parametrize("name", ["nonsense", "a/b/c", "./missing", "../up/x", "https://example.org/x"])
 def test_names_that_are_nothing(name: str, hub: list[dict[str, object]]) -> None:
-    with pytest.raises(CheckpointError, match="neither a directory, nor a hub id such as .* nor bundled"):
+    with pytest.raises(CheckpointError, match=r"neither a directory, nor a hub id such as .* nor bundled"):
         load_model(name)
     assert not hub
 

@@ -168,7 +168,11 @@ def test_a_teacher_needs_no_layer_list() -> None:
         ("llm_config.rms_norm_eps", 0, "LanguageConfig: rms_norm_eps is 0; use a number above 0"),
         ("embedding_config.rope_theta", "1e6", "rope_theta is '1e6'; use a number above 0"),
         ("embedding_config.patch_size", 14.0, "patch_size is 14.0; use a whole number"),
-        ("llm_config.layers_block_type", ["mha"] * 3, "names 3 layers, num_hidden_layers is 4; list one type per layer"),
+        (
+            "llm_config.layers_block_type",
+            ["mha"] * 3,
+            "names 3 layers, num_hidden_layers is 4; list one type per layer",
+        ),
         ("llm_config.layers_block_type", ["mha"] * 3 + ["mamba"], 'layer 3 has type "mamba"; use one of mamba2, mha'),
         ("llm_config.rope_scaling", {"type": "yarn", "factor": 2.0}, 'rope_scaling type "yarn" is not known; use "lin'),
         ("llm_config.rope_scaling", {"type": "linear", "factor": 0.5}, "rope_scaling factor 0.5 is below 1"),
@@ -207,7 +211,7 @@ def test_special_tokens_are_counted_and_written_back() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_students_config_from_its_teachers(folder: str) -> None:
-    """With the layer lists of the stored students it is their `config.json`, and the teacher's again with softmax only."""
+    """With the layer lists of the stored students it is their `config.json`; with softmax only the teacher's again."""
     teacher = ModelConfig.from_dict(golden_config(folder, "hovle"))
     for kind in ("linear", "hybrid"):
         stored = ModelConfig.from_dict(golden_config(folder, kind))

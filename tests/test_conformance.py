@@ -1,8 +1,9 @@
-"""The published computation: stored logits and continuations, and one pass = pieces = token by token, state included."""
+"""The published computation: stored logits and continuations; one pass = pieces = token by token, state included."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_the_plain_numpy_network_agrees_with_the_published_logits(folder: str, k
 
 # One pass = any split = token by token. Beyond `max_position_embeddings` dynamic NTK moves the rotary base with the
 # length of the sequence, so there a piece must know the length of the whole (`total_seqlens`; `prefill` does): then the
-# equality is exact as well. Token by token it cannot hold there, and should not: each token is read with the base of the
-# length so far, as in the published code, and deeper layers keep what they computed from it.
+# equality is exact as well. Token by token it cannot hold there, and should not: each token is read with the base of
+# the length so far, as in the published code, and deeper layers keep what they computed from it.
 
 
 @torch.no_grad()
@@ -166,8 +167,9 @@ def test_past_the_trained_positions_the_base_moves_with_the_length() -> None:
 
     # A layer whose inputs do not depend on positions shows the base alone: keys of any age turn by the newest one.
     stack = model.embedding
-    rotary, mixer = stack.rotary, stack.layers[0].mixer
-    x = stack.layers[0].mixer_norm(stack.text(ids))
+    layer: Any = stack.layers[0]
+    rotary, mixer = stack.rotary, layer.mixer
+    x = layer.mixer_norm(stack.text(ids))
     layer_state = model.new_state().embedding.layers[0]
     for t in range(ids.shape[1]):
         step = mixer.mix(x[:, t : t + 1], layer_state, t, stack.rope_tables(x[:, t : t + 1], t))

@@ -6,13 +6,13 @@ import itertools
 import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmmamba import generate
 from mmmamba.generate import (
     ModelInputs,
     SamplingParams,
@@ -207,7 +207,7 @@ def test_batched_prefill_in_pieces(folder: str, kind: str) -> None:
 
 
 def test_prefill_that_begins_inside_a_tile_knows_its_lengths() -> None:
-    """Past the trained positions the rotary base depends on the length: tokens embedded with the last call count once."""
+    """Past the trained positions the base depends on the length: tokens embedded with the last call count once."""
     raw = tiny_raw(
         teacher=True,
         embedding={"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
@@ -234,9 +234,7 @@ def test_prefill_that_begins_inside_a_tile_knows_its_lengths() -> None:
 # --- streams ---
 
 
-def run(
-    script: list[bytes], stops: tuple[int, ...] = (), **options: Any
-) -> tuple[list[StreamEvent], ScriptedModel]:
+def run(script: list[bytes], stops: tuple[int, ...] = (), **options: Any) -> tuple[list[StreamEvent], ScriptedModel]:
     """Stream a reply of the given pieces; every piece is a token."""
     pieces = list(dict.fromkeys([*script, b"?"]))
     model: Any = ScriptedModel([pieces.index(piece) for piece in script], len(pieces))
@@ -393,9 +391,7 @@ def test_a_repetition_penalty_applies_to_the_reply() -> None:
     assert replies == ["aaaaa", "abcde"]
 
 
-def real_stream(
-    model: MMMamba, state: DecodeState, params: SamplingParams, **options: Any
-) -> tuple[Any, ModelInputs]:
+def real_stream(model: MMMamba, state: DecodeState, params: SamplingParams, **options: Any) -> tuple[Any, ModelInputs]:
     """A stream of a golden model; its ids stand for letters."""
     tensors = golden_cases("post")["image"]
     tokenizer = PieceTokenizer([bytes([65 + i % 58]) for i in range(148)])  # 12 rows of the head are padding
@@ -477,7 +473,7 @@ def test_seeds() -> None:
 def test_time_between_events_is_the_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by hand: 100 ms to read, 10 ms a token, 5 s that the consumer dawdles after every event."""
     now = [0.0]
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("mmmamba.generate.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Timed(ScriptedModel):
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The chunk scan and the step: fast against reference, the reference in float64 against a recurrence written by hand."""
+"""The chunk scan and the step: fast against reference, the reference in float64 against a recurrence by hand."""
 
 from __future__ import annotations
 
@@ -131,10 +131,9 @@ def test_a_sequence_in_two_calls_equals_one(impl: Any) -> None:
     inputs = random_inputs(100)
     want_y, want_final = ssd_scan(*inputs, impl=impl)
     for cut in (1, 37, 64, 99):
-        front = [t[:, :cut] for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
-        back = [t[:, cut:] for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
-        y1, middle = ssd_scan(front[0], front[1], inputs.A, *front[2:], inputs.state, impl=impl)
-        y2, final = ssd_scan(back[0], back[1], inputs.A, *back[2:], middle, impl=impl)
+        x, dt, A, B, C, state = inputs
+        y1, middle = ssd_scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], state, impl=impl)
+        y2, final = ssd_scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], middle, impl=impl)
         assert_near(f"y cut at {cut}", torch.cat([y1, y2], dim=1), want_y, TOLERANCE[torch.float64])
         assert_near(f"state cut at {cut}", final, want_final, TOLERANCE[torch.float64])
 
@@ -158,7 +157,7 @@ def test_a_strong_decay_neither_overflows_nor_forgets_the_present() -> None:
 
 
 def test_long_sums_do_not_lose_small_terms() -> None:
-    """With almost no decay and equal signs 20,000 small terms add up; a bf16 state would stop growing at 256 of them."""
+    """With almost no decay 20,000 small terms add up; a bf16 state would stop growing at some 256 of them."""
     seqlen = 20_000
     x = torch.full((1, seqlen, 1, 1), 0.5, dtype=torch.bfloat16)
     B = C = torch.ones(1, seqlen, 1, 1, dtype=torch.bfloat16)
@@ -213,8 +212,10 @@ def ssd_scan_by_operators(
 def test_gradcheck_of_the_chunked_scan(carried: bool) -> None:
     inputs = [t.requires_grad_() for t in random_inputs(5, 2, 1, batch=1, head_dim=2, d_state=3)]
 
-    def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd_scan_chunked(*tensors[:5], tensors[5] if carried else None, chunk_size=2)
+    def scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return ssd_scan_chunked(x, dt, A, B, C, state, chunk_size=2)
 
     assert torch.autograd.gradcheck(scan, inputs if carried else inputs[:5])
 
@@ -262,7 +263,7 @@ def test_the_choice_and_its_reason(caplog: pytest.LogCaptureFixture, monkeypatch
     assert scan is None
     assert reason in caplog.messages[1]
 
-    with pytest.raises(ValueError, match='impl "mamba_ssm" cannot run: device is cpu.*use "auto" or "chunked"'):
+    with pytest.raises(ValueError, match=r'impl "mamba_ssm" cannot run: device is cpu.*use "auto" or "chunked"'):
         ssd_scan(*random_inputs(2), impl="mamba_ssm")
     with pytest.raises(ValueError, match="cannot run: mamba-ssm does not import: ModuleNotFoundError"):
         select_scan("cuda", "mamba_ssm")
@@ -283,7 +284,7 @@ def test_a_broken_upstream_build_is_a_reason_not_a_crash(monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_our_inputs_reach_upstream_in_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's published signature, played by the recurrence: heads repeated, decays in float32, chunks of 2^n >= 16."""
+    """Upstream's signature, played by the recurrence: heads repeated, decays in float32, chunks of 2^n >= 16."""
     calls: list[dict[str, Any]] = []
 
     def mamba_chunk_scan_combined(

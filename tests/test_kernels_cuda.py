@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmmamba.checkpoint import load_model
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
-from mmmamba.kernels import select_scan, ssd_scan, ssd_scan_ref, ssm_step
+from mmmamba.kernels import Impl, select_scan, ssd_scan, ssd_scan_ref, ssm_step
 from mmmamba.kernels.upstream import load_upstream_scan
+from mmmamba.mixer import Mamba2Mixer
 from tests.conformance import LIMIT
 from tests.helpers import (
     FIXTURES,
@@ -59,7 +60,9 @@ def upstream_inputs(seqlen: int, heads: tuple[int, int]) -> Inputs:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("seqlen", LENGTHS)
 @pytest.mark.parametrize("carried", [False, True])
-def test_scan_equals_reference(impl: Any, dtype: torch.dtype, heads: tuple[int, int], seqlen: int, carried: bool) -> None:
+def test_scan_equals_reference(
+    impl: Any, dtype: torch.dtype, heads: tuple[int, int], seqlen: int, carried: bool
+) -> None:
     inputs = upstream_inputs(seqlen, heads).to(dtype)
     exact = Inputs(*(t.double() for t in inputs))
     want_y, want_final = ssd_scan_ref(*exact[:5], exact.state if carried else None)
@@ -142,7 +145,7 @@ def test_prefill_and_decoding_equal_the_cpus(folder: str, kind: str) -> None:
     assert all(torch.equal(t, filled_tensors(state)[name]) for name, t in filled_tensors(back).items())
 
 
-def use(model: torch.nn.Module, impl: str) -> None:
+def use(model: torch.nn.Module, impl: Impl) -> None:
     for module in model.modules():
-        if hasattr(module, "impl"):
+        if isinstance(module, Mamba2Mixer):
             module.impl = impl

@@ -1,4 +1,4 @@
-"""The network against a plain numpy one, also where the fixtures have a feature switched off; its layers; its errors."""
+"""The network against a plain numpy one, also where the fixtures have a feature off; its layers; its errors."""
 
 from __future__ import annotations
 

@@ -311,5 +311,5 @@ def test_what_is_no_state_is_refused(content: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-9])
     else:
         path.write_bytes(b"" if content == "empty" else json.dumps({"seqlen": 3}).encode() * 9)
-    with pytest.raises(ValueError, match="file is not a decoding state; use a file written by DecodeState.save"):
+    with pytest.raises(ValueError, match=r"file is not a decoding state; use a file written by DecodeState.save"):
         DecodeState.load(path, model.config)

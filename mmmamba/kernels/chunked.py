@@ -1,4 +1,4 @@
-"""The recurrence as matrix products over chunks, in plain torch: the path for CPU, for training and for any other device."""
+"""The recurrence as matrix products over chunks, in plain torch: the path for CPU, training and other devices."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ def ssd_scan_chunked(
     dt = dt.to(acc).view(batch, num_chunks, q, groups, rep).permute(0, 3, 1, 4, 2)  # (b, g, c, r, q)
     causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
     steps = dt * A.to(acc).view(groups, 1, rep, 1)
-    if torch.compiler.is_compiling():
-        cum = (steps[..., None, :] * causal).sum(dim=-1)  # torch 2.11's inductor fails on this cumsum's code
-    else:
-        cum = torch.cumsum(steps, dim=-1)  # log decay since the chunk's start
+    cum = _cumsum(steps, causal)  # log decay since the chunk's start
     total = cum[..., -1]  # (b, g, c, r)
 
     # Inside a chunk: y_t = sum_{s<=t} exp(cum_t - cum_s) dt_s (C_t . B_s) x_s. Query heads share their kv head's rows.
@@ -80,3 +77,8 @@ def ssd_scan_chunked(
 
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, num_chunks * q, num_heads, head_dim)
     return y[:, :seqlen], state.reshape(batch, num_heads, head_dim, d_state)
+
+
+def _cumsum(steps: Tensor, causal: Tensor) -> Tensor:
+    # Inductor of torch 2.11 fails to generate code for a cumsum over this permuted layout on CUDA.
+    return (steps[..., None, :] * causal).sum(dim=-1) if torch.compiler.is_compiling() else torch.cumsum(steps, dim=-1)

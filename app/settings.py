@@ -1,0 +1,72 @@
+"""How to answer a message, and what a message may ask for; every value is checked and named in the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from app.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one message may ask for. Checked here, since scripts skip the page's own checks."""
+
+    max_text_chars: int = 8000
+    max_images: int = 8
+    max_tiles: int = 12
+    max_new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to answer. `max_tiles` 0 is what the model was made for; `greedy` ignores temperature, top_p and seed.
+
+    Raises: EngineError naming the setting, its value and what fits.
+    """
+
+    temperature: float = 0.3
+    top_p: float = 0.9
+    max_new_tokens: int = 256
+    max_tiles: int = 0
+    greedy: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_tiles", "seed"):
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if not _is_number(value) or value != int(value):
+                raise EngineError(f"{name} is {value!r}; use a whole number.")
+            object.__setattr__(self, name, int(value))
+        for name, low, high in (
+            ("temperature", 0.0, 2.0),
+            ("top_p", 0.01, 1.0),
+            ("max_new_tokens", 1, math.inf),
+            ("max_tiles", 0, math.inf),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not _is_number(value) or not low <= value <= high:
+                fits = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+                raise EngineError(f"{name} is {value!r}; use {fits}.")
+        if not isinstance(self.greedy, bool):
+            raise EngineError(f"greedy is {self.greedy!r}; use true or false.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings by name, as they come from a page or a script."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise EngineError(f'There is no setting "{name}"; the settings are {", ".join(known)}.')
+        return cls(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
