@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := $(foreach p,app benchmarks distill mmmamba quantize,$(if $(wildcard $(p)/*.py),$(p)))
-CODE := app.py $(PACKAGES) tests
+CODE := app.py $(PACKAGES) docs tests
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint typecheck format bench clean
@@ -20,7 +20,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 run: $(VENV)/.installed ## install once, then open the chat page
-	$(BIN)/python app.py $(ARGS)
+	$(BIN)/python app.py --open $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-browser ## install once, then run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("port", os.environ.get("GRADIO_SERVER_PORT"), "port; without it, the first free one from 7860", type=int)
     for name, default, help_text in LIMITS:
         add(name, default, help_text, type=int)
+    p.add_argument("--open", action="store_true", help="open the page in a browser, where there is a screen")
     p.add_argument("--share", action="store_true", help="open a public gradio.live tunnel to this machine")
     return p
 
@@ -63,7 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         chats=ChatStore(max_bytes=args.state_budget_mib << 20),
         max_waiting=args.max_waiting,
     )
-    build(engine).launch(server_name=args.host, server_port=args.port, share=args.share, **launch_options())
+    # Without a screen `webbrowser` would start a text browser in this terminal.
+    screen = sys.platform in ("darwin", "win32") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))
+    build(engine).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        inbrowser=args.open and screen,
+        **launch_options(),
+    )
 
 
 if __name__ == "__main__":

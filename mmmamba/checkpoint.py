@@ -114,7 +114,13 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = Non
     """
     name = str(path_or_hub_id)
     if name in BUNDLED:
-        return BUNDLED_DIR / BUNDLED[name]
+        bundled = BUNDLED_DIR / BUNDLED[name]
+        if not bundled.is_dir():
+            raise CheckpointError(
+                f'the bundled model "{name}" is not part of this installation ({bundled} is missing); run from a '
+                "checkout of the project that has its weights, or pass the directory or hub id of a checkpoint"
+            )
+        return bundled
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path

@@ -213,16 +213,17 @@ class PieceTokenizer(Tokenizer):
 class ScriptedModel:
     """Says the tokens of `script`, one a step, whatever it reads; `read` keeps all ids it was given."""
 
-    def __init__(self, script: Sequence[int], num_rows: int) -> None:
+    device = torch.device("cpu")
+
+    def __init__(self, script: Sequence[int]) -> None:
         self.config = scripted_config()
         self.script = list(script)
-        self.num_rows = num_rows
         self.read: list[int] = []
         self.said = 0
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.read += input_ids[0].tolist()
-        logits = torch.zeros(1, 1, self.num_rows)
+        logits = torch.zeros(1, 1, self.config.language.vocab_size)
         logits[0, 0, self.script[min(self.said, len(self.script) - 1)]] = 10.0
         self.said += 1
         return logits

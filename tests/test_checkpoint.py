@@ -19,6 +19,7 @@ from mmmamba import checkpoint
 from mmmamba.checkpoint import INDEX, CheckpointError, load_model, save_model
 from mmmamba.config import ConfigError
 from mmmamba.keymap import UNUSED, from_published, to_published
+from mmmamba.model import MMMamba
 from tests.helpers import FIXTURES, GOLDEN, golden_config, golden_model, random_ids, random_model, tiny_raw
 
 WEIGHTS = "model.safetensors"
@@ -181,6 +182,20 @@ def test_progress() -> None:
     assert {what for _, what in calls[:-1]} == set(load_file(GOLDEN / "post" / "linear" / WEIGHTS)) - {UNUSED}
 
 
+def test_building_without_memory_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw on the meta device gives nothing and imports all of torch._dynamo: seconds of every start."""
+
+    config = golden_model("post", "hybrid").config
+    assert 0.9 < float(MMMamba(config).embedding.text.weight.detach().std()) < 1.1
+
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("a weight without memory was drawn")
+
+    monkeypatch.setattr("torch.nn.init.normal_", draw)
+    model = checkpoint.build_meta(config)
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     model = random_model(tiny_raw(language={"tie_word_embeddings": True}), dtype=torch.float32)
     save_model(model, tmp_path)
@@ -238,6 +253,15 @@ def test_the_unused_tensor_may_be_missing(copy_of: Copy) -> None:
     directory = copy_of()
     rewrite(directory, lambda t: t.pop(UNUSED))
     assert_equal_models(load_model(directory), golden_model("post", "hybrid"))
+
+
+def test_a_surplus_tensor_alone_is_refused(copy_of: Copy) -> None:
+    directory = copy_of()
+    rewrite(directory, lambda t: t.update({"vision_model.embeddings": torch.zeros(2)}))
+    with pytest.raises(
+        CheckpointError, match=r"config.json: 1 tensors not part of this model: vision_model.embeddings\."
+    ):
+        load_model(directory)
 
 
 def test_extra_tensors_are_listed(copy_of: Copy) -> None:

@@ -85,14 +85,14 @@ def test_what_is_drawn() -> None:
     teacher = random_model(tiny_raw(teacher=True), dtype=torch.float32)
     students = [make_student(teacher, ("mamba2",) * 3, ("mamba2",) * 2, seed=seed) for seed in range(60)]
     found = [mixer for student in students for mixer in mixers(student).values()]
-    gates = torch.stack([m.in_proj.gate_dt[:24] for m in found])
+    gates = torch.stack([m.in_proj.gate_dt[:24].detach() for m in found])
     bound = 2**-2.5 * math.sqrt(6 / 48)
     assert GATE_GAIN == 2**-2.5
     assert gates.abs().max() <= bound
     assert gates.abs().max() > 0.999 * bound
     assert abs(float(gates.mean())) < 0.01 * bound
     assert float(gates.std()) == pytest.approx(bound / math.sqrt(3), rel=0.01)
-    steps = F.softplus(torch.cat([m.dt_bias for m in found]))
+    steps = F.softplus(torch.cat([m.dt_bias.detach() for m in found]))
     assert DT_RANGE == (0.001, 0.1)
     assert float(steps.min()) == pytest.approx(0.001, rel=0.05)
     assert float(steps.max()) == pytest.approx(0.1, rel=0.05)
@@ -322,8 +322,6 @@ def test_nanos_shape() -> None:
     assert config.embedding.llm_vocab_size == config.language.vocab_size == 49_160
     assert config.embedding.img_context_token_id == 49_154
     assert ModelConfig.from_dict(config.to_dict()) == config
-    short = nano_config(num_hidden_layers=2, shape={"hidden_size": 576})
-    assert short.language.num_hidden_layers == 2
 
 
 def test_other_tensor_types(llama: Any) -> None:

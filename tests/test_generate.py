@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mmmamba.generate import (
+    CPU_PIECE,
     ModelInputs,
+    PrefillCancelled,
     SamplingParams,
     StreamEvent,
     decode_one_token,
@@ -202,6 +204,7 @@ def test_batched_prefill_in_pieces(folder: str, kind: str) -> None:
         one = ModelInputs(ids[row : row + 1], random_tiles(6)[3 * row : 3 * row + 3])
         assert_near(f"row {row}", prefill(model, one, alone), wanted[row : row + 1], TOLERANCE[torch.float64])
     logits = prefill(model, inputs, state, piece_size=3)
+    assert (state.num_image_tokens, state.num_text_tokens) == (12, 12)  # a row
     assert_near("logits", logits, wanted, TOLERANCE[torch.float64])
     assert_same_state(state, whole, TOLERANCE[torch.float64])
 
@@ -237,7 +240,7 @@ def test_prefill_that_begins_inside_a_tile_knows_its_lengths() -> None:
 def run(script: list[bytes], stops: tuple[int, ...] = (), **options: Any) -> tuple[list[StreamEvent], ScriptedModel]:
     """Stream a reply of the given pieces; every piece is a token."""
     pieces = list(dict.fromkeys([*script, b"?"]))
-    model: Any = ScriptedModel([pieces.index(piece) for piece in script], len(pieces))
+    model: Any = ScriptedModel([pieces.index(piece) for piece in script])
     params = options.pop("params", SamplingParams(greedy=True, max_new_tokens=len(script)))
     inputs = ModelInputs(torch.tensor([[1, 2, 3]]))
     events = list(
@@ -356,7 +359,7 @@ def test_rows_that_stand_for_no_token_are_never_drawn() -> None:
             logits[..., 3:] = 99.0  # padding of the vocabulary, which training never touched
             return logits
 
-    model: Any = Padded([0, 1, 0], 16)
+    model: Any = Padded([0, 1, 0])
     for params in (SamplingParams(greedy=True, max_new_tokens=3), SamplingParams(temperature=10, max_new_tokens=50)):
         events = list(
             stream(
@@ -377,13 +380,14 @@ def test_a_repetition_penalty_applies_to_the_reply() -> None:
 
     class Flat(ScriptedModel):
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-            super().__call__(*args, **kwargs)
-            return torch.tensor([[[1.4, 1.3, 1.2, 1.1, 1.0]]])
+            logits = super().__call__(*args, **kwargs)
+            logits[0, 0, :5] = torch.tensor([1.4, 1.3, 1.2, 1.1, 1.0])
+            return logits
 
     pieces = PieceTokenizer([b"a", b"b", b"c", b"d", b"e"])
     replies = []
     for penalty in (1.0, 2.0):
-        model: Any = Flat([0], 5)
+        model: Any = Flat([0])
         params = SamplingParams(greedy=True, max_new_tokens=5, repetition_penalty=penalty)
         inputs = ModelInputs(torch.tensor([[0, 1]]))  # a penalty on the prompt would begin with c
         events = list(stream(model, pieces, inputs, model.new_state(), params, stop_token_ids=()))
@@ -448,7 +452,46 @@ def test_a_cancel_before_the_first_token() -> None:
     cancel.set()
     events, model = run([b"a", b"b"], cancel=cancel)
     assert [(event.text, event.finish_reason, event.num_tokens) for event in events] == [("", "cancel", 0)]
-    assert model.read == [1, 2, 3]
+    assert model.read == []
+
+
+@pytest.mark.parametrize("kind", ["linear", "hovle"])
+def test_a_cancel_while_the_prompt_is_read(kind: str) -> None:
+    """The flag is looked at between pieces; what was read of the prompt by then is in the state."""
+
+    class SecondLook(threading.Event):
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    model = golden_model("post", kind)
+    ids = golden_cases("post")["long_text"]["input_ids"].repeat(1, 3)
+    assert ids.shape[1] > 2 * CPU_PIECE
+    state, fresh = model.new_state(), model.new_state()
+    tokenizer = PieceTokenizer([b"a"] * 160)
+    events = list(
+        stream(model, tokenizer, ModelInputs(ids), state, SamplingParams(), stop_token_ids=(), cancel=SecondLook())
+    )
+    assert [(e.text, e.reply, e.num_tokens, e.ttft_ms, e.finish_reason) for e in events] == [
+        ("", "", 0, None, "cancel")
+    ]
+    prefill(model, ModelInputs(ids[:, :CPU_PIECE]), fresh)
+    assert_same_state(state, fresh)
+    with pytest.raises(PrefillCancelled):
+        prefill(model, ModelInputs(ids), model.new_state(), piece_size=100, cancel=SecondLook())
+
+
+def test_an_image_token_is_never_drawn() -> None:
+    """It would stand for pixels that nobody has."""
+    model: Any = ScriptedModel([1, 44, 1])
+    tokenizer = PieceTokenizer([bytes([65 + i]) for i in range(48)])
+    params = SamplingParams(greedy=True, max_new_tokens=3)
+    events = list(
+        stream(model, tokenizer, ModelInputs(torch.tensor([[1]])), model.new_state(), params, stop_token_ids=())
+    )
+    assert events[-1].reply == "BAB"
 
 
 def test_seeds() -> None:
@@ -480,7 +523,7 @@ def test_time_between_events_is_the_consumers(monkeypatch: pytest.MonkeyPatch) -
             now[0] += 0.01 if self.said else 0.1
             return super().__call__(*args, **kwargs)
 
-    model: Any = Timed([0, 1, 0, 1], 2)
+    model: Any = Timed([0, 1, 0, 1])
     params = SamplingParams(greedy=True, max_new_tokens=4)
     inputs = ModelInputs(torch.tensor([[1]]))
     seen = []

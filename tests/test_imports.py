@@ -21,7 +21,7 @@ PACKAGES = {
     "quantize": {"mmmamba"},
     "distill": {"mmmamba"},
     "app": {"mmmamba", "quantize"},
-    "benchmarks": {"mmmamba", "quantize"},
+    "benchmarks": {"mmmamba", "quantize", "distill"},
 }
 # Modules of mmmamba: each may import what stands left of it ...
 CHAIN = (("config",), ("kernels",), ("layers", "state"), ("attention", "mixer"), ("model",), ("generate",))

@@ -191,6 +191,10 @@ def test_rms_norm_is_done_in_float32() -> None:
     assert narrow.dtype == torch.bfloat16
     # Squares of 300 are far above what bf16 adds up with 3 digits; in float32 only the rounding of x and y is left.
     assert_near("bfloat16", narrow, torch.from_numpy(wanted), 6e-3)
+    # In training weights are float32 and activations bf16: nothing is rounded on the way out.
+    norm.weight.data = weight
+    wanted = oracle.rms_norm(x.bfloat16().double().numpy(), weight.double().numpy(), 1e-5)
+    assert_near("mixed", norm(x.bfloat16()), torch.from_numpy(wanted), 1e-6)
 
 
 def test_pixel_shuffle_order() -> None:
@@ -222,11 +226,22 @@ def test_rotary_turns_by_relative_positions() -> None:
     assert abs(score(40, 33) - score(40, 32)) > 1e-4
 
 
+def test_rotary_tables_of_narrow_models_are_computed_wide() -> None:
+    """bf16 counts exactly up to 256 only; a position of 5,001 would be 5,008."""
+    rotary = Rotary(ModelConfig.from_dict(tiny_raw()).embedding)
+    options: dict[str, Any] = {"total_seqlen": 5002, "device": torch.device("cpu")}
+    exact = rotary.tables(5001, 1, dtype=torch.float64, **options)
+    narrow = rotary.tables(5001, 1, dtype=torch.bfloat16, **options)
+    assert narrow.q_cos.dtype == torch.bfloat16
+    assert (narrow.q_cos.double() - exact.q_cos).abs().max() < 2**-8
+    assert (narrow.k_sin.double() - exact.k_sin).abs().max() < 2**-8
+
+
 def test_dynamic_base() -> None:
     raw = tiny_raw(embedding={"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 100})
     rotary = Rotary(ModelConfig.from_dict(raw).embedding)
     assert rotary.keys_unrotated
-    assert rotary.base(1) == rotary.base(100) == 10000.0
+    assert rotary.base(1) == rotary.base(99) == rotary.base(100) == 10000.0
     assert rotary.base(250) == pytest.approx(10000 * (2 * 250 / 100 - 1) ** (6 / 4))
     linear = tiny_raw(embedding={"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 100})
     rotary = Rotary(ModelConfig.from_dict(linear).embedding)

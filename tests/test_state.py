@@ -169,6 +169,7 @@ def test_a_clone_taken_inside_a_tile_carries_the_rest_of_it() -> None:
     model(ids[:, :inside], tiles, state)
     branch = state.clone()
     assert branch.pending.shape[1] == TILE_TOKENS - 1
+    assert branch.pending.data_ptr() != state.pending.data_ptr()
     first = model(ids[:, inside:], None, state)
     second = model(ids[:, inside:], None, branch)
     assert torch.equal(first, second)

@@ -33,10 +33,10 @@ COLORS: dict[str, RGB] = {
     "white": (250, 250, 250),
 }
 KINDS = ("circle", "square", "triangle", "diamond", "pentagon", "star", "heart", "cross")
-MAX_SHAPES = 8
+MAX_SHAPES = 6
 HELD_OUT_PERCENT = 10
 
-_SIZES_PX = ((12.0, 15.0), (19.0, 23.0), (29.0, 35.0))  # radius on a 224 px picture: small, medium, large
+_SIZES_PX = ((14.0, 17.0), (20.0, 24.0), (29.0, 35.0))  # radius on a 224 px picture: small, medium, large
 _COLOR_JITTER = 10
 _MIN_CONTRAST = 140.0  # between a shape and the background, see `_contrast`
 _REACH = 1.15  # no point of a shape is further than this many radii from its centre
@@ -144,9 +144,9 @@ def _random_look(rng: random.Random) -> Look:
         background = _from_hsv(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.45, 0.8))
     return Look(
         background=background,
-        texture=rng.choices(("flat", "gradient", "grain", "blotches", "stripes", "checks"), (5, 3, 3, 3, 1, 1))[0],
+        texture=rng.choices(("flat", "gradient", "grain", "blotches", "stripes", "checks"), (8, 3, 2, 2, 0.5, 0.5))[0],
         strength=rng.uniform(4, 20),
-        style=rng.choices(("filled", "outlined", "hollow"), (6, 2, 1))[0],
+        style=rng.choices(("filled", "outlined", "hollow"), (8, 2, 0.5))[0],
         shadow=sum(background) > 450 and rng.random() < 0.25,
         seed=rng.getrandbits(32),
     )
