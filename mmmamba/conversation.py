@@ -59,7 +59,8 @@ class Conversation:
     ) -> Iterator[StreamEvent]:
         """Answer one turn, as events while it is generated; ends early when `cancel` is set.
 
-        A turn that fails, or whose events are not read to the end, leaves the conversation as it was before it.
+        A turn that fails, is cancelled before its first token, or whose events are not read to the end, leaves the
+        conversation as it was before it.
         Raises: ImageError (a ValueError) for an image that cannot be read.
         """
         config = self.model.config
@@ -75,7 +76,8 @@ class Conversation:
             images_before=self.num_images,
         )
         state = self.state.clone()
-        yield from stream(
+        event = None
+        for event in stream(
             self.model,
             self.tokenizer,
             ModelInputs(torch.tensor([ids]), torch.cat(tiles) if tiles else None),
@@ -83,7 +85,10 @@ class Conversation:
             params or SamplingParams(),
             stop_token_ids=stop_token_ids(self.tokenizer, config),
             cancel=cancel,
-        )
+        ):
+            yield event
+        if event is None or (event.finish_reason == "cancel" and not event.num_tokens):
+            return  # stopped while the prompt was read: this state has seen a part of it
         self.state = state
         self.num_turns += 1
         self.num_images += len(tiles)

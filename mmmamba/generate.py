@@ -115,7 +115,7 @@ def prefill(
     if tiles is not None and len(tiles) % batch:
         raise ValueError(f"{len(tiles)} tiles do not divide among {batch} rows; every row needs equally many")
     rows = None if tiles is None else tiles.view(batch, -1, *tiles.shape[1:])
-    per_tile = 0 if tiles is None else (tiles.shape[-1] // (2 * config.patch_size)) ** 2
+    per_tile = 1 if tiles is None else max(1, (tiles.shape[-1] // (2 * config.patch_size)) ** 2)
     used = 0
     logits = None
     for start in range(0, max(seqlen, 1), piece_size):

@@ -549,7 +549,16 @@ def test_a_file_is_no_directory() -> None:
         load_model(GOLDEN / "post" / "hybrid" / WEIGHTS)
 
 
-def test_bundled_names() -> None:
-    assert checkpoint.resolve_checkpoint("nano") == checkpoint.BUNDLED_DIR / "linear"
-    assert checkpoint.resolve_checkpoint("nano-linear") == checkpoint.BUNDLED_DIR / "linear"
-    assert checkpoint.resolve_checkpoint("nano-teacher") == checkpoint.BUNDLED_DIR / "teacher"
+def test_bundled_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "BUNDLED_DIR", tmp_path)
+    for name, directory in {"nano": "linear", "nano-linear": "linear", "nano-teacher": "teacher"}.items():
+        with pytest.raises(CheckpointError, match=f'bundled model "{name}" is not part of this installation'):
+            load_model(name)
+        shutil.copytree(GOLDEN / "post" / "hybrid", tmp_path / directory, dirs_exist_ok=True)
+        assert checkpoint.resolve_checkpoint(name) == tmp_path / directory
+        shutil.rmtree(tmp_path / directory)
+
+
+def test_only_the_config_of_a_hub_id(hub: list[dict[str, object]]) -> None:
+    checkpoint.resolve_checkpoint("a/b", revision="r", config_only=True)
+    assert [(call["revision"], call["allow_patterns"]) for call in hub] == [("r", ["config.json"])]

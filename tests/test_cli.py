@@ -297,3 +297,12 @@ def test_info_agrees_with_the_cost_model(capsys: pytest.CaptureFixture[str], gol
     assert "8 layers: 1 mha, 3 mamba2, 1 mha, 3 mamba2" in text
     assert f"{record['parameters']:,}" in text
     assert "1,000 tokens, 100 of them image tokens" in text
+
+
+def test_a_turn_cancelled_while_it_is_read_leaves_no_trace(tiny_dir: Path) -> None:
+    chat = Conversation(load_model(tiny_dir))
+    cancel = threading.Event()
+    cancel.set()
+    events = list(chat.ask("one " * 50, cancel=cancel))
+    assert [event.finish_reason for event in events] == ["cancel"]
+    assert (chat.state.seqlen, chat.num_turns) == (0, 0)

@@ -1,0 +1,55 @@
+"""Teachers, students, stages and batches for the tests of the distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distill.convert import make_student
+from distill.data.batches import Batch
+from distill.stages import LayerStage, LogitsStage, Stage
+from mmmamba.checkpoint import load_model
+from mmmamba.config import ModelConfig
+from mmmamba.model import MMMamba
+from tests.helpers import GOLDEN, IMAGE_ID, golden_config
+
+
+def teacher_of(folder: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> MMMamba:
+    """A model of its own, to be trained."""
+    return load_model(GOLDEN / folder / "hovle", dtype=dtype, device=device)
+
+
+def student_of(teacher: MMMamba, folder: str, kind: str = "linear") -> MMMamba:
+    embedding, language = ModelConfig.from_dict(golden_config(folder, kind)).stacks
+    return make_student(teacher, embedding.layer_types, language.layer_types)
+
+
+def student_stage(number: int, teacher: MMMamba, student: MMMamba) -> Stage:
+    """Stage 1, 2 or 3."""
+    if number == 3:
+        return LogitsStage(teacher, student, compiled=False)
+    return LayerStage(teacher, student, train_vkq=number == 2, compiled=False)
+
+
+def batch(kind: str, seed: int = 0, rows: int = 3) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 140, (rows, 16), generator=g)
+    mask = torch.zeros(rows, 16, dtype=torch.bool)
+    mask[:, 10:14] = True
+    pixels = None
+    if kind == "image":
+        ids[:, 2:6] = IMAGE_ID
+        pixels = torch.randint(0, 256, (rows, 56, 56, 3), generator=g, dtype=torch.uint8)
+    return Batch(ids, mask, pixels, 0)
+
+
+def batches(kind: str) -> Iterator[Batch]:
+    seed = 0
+    while True:
+        yield batch(kind, seed := seed + 1)
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
