@@ -64,7 +64,8 @@ class _GraphRunner:
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Thread-local: the loader's pinning thread may call CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.metrics = self._step()
         self.graph = graph
 
