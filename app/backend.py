@@ -87,7 +87,7 @@ def load_backend(model: str, device: Device, dtype: Dtype, progress: Progress) -
 
     Args:
         device: a torch device, or "auto" for CUDA where there is one.
-        dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
+        dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
         progress: called with a fraction (0 to 1) and what is being done.
     Raises: ValueError or OSError with a message for people, as `mmmamba.load_model` does.
     """
@@ -95,14 +95,13 @@ def load_backend(model: str, device: Device, dtype: Dtype, progress: Progress) -
     import torch
 
     from mmmamba import load_model
+    from mmmamba.place import default_device, default_dtype
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cpu"):
+    where = default_device() if device == "auto" else torch.device(device)
+    if where.type == "cpu":
         _leave_a_core()
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    loaded = load_model(model, device=device, dtype=getattr(torch, dtype), progress=progress)
+    how = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
+    loaded = load_model(model, device=where, dtype=how, progress=progress)
     return MMMambaBackend(loaded, model)
 
 

@@ -27,6 +27,7 @@ from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
 from mmmamba.info import DTYPES, info_record, info_text, readable_bytes
+from mmmamba.place import default_device, default_dtype
 
 DEFAULT_MODEL = "nano-linear"
 REPL_HELP = "/image PATH adds an image to the next question, /new starts over, /quit (or Ctrl-D) leaves"
@@ -59,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", default=None, help="system prompt instead of the model's own")
     chat.add_argument("--max-tiles", type=int, default=None, metavar="N", help="tiles an image may be cut into")
     chat.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    chat.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 on cuda")
+    chat.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
+    )
     chat.add_argument("--json", action="store_true", default=False, help="one JSON line an answer, nothing else")
     sampling = chat.add_argument_group("sampling")
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token; ignores the seed")
@@ -267,10 +270,8 @@ def _check_images(paths: Sequence[str]) -> None:
 
 
 def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype from the flags; `auto` is cuda in bfloat16 where there is one, else the CPU in float32."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device and dtype from the flags; `auto` is what `mmmamba.place` takes."""
+    name = str(default_device()) if args.device == "auto" else args.device
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise UsageError(f'--device "{name}" is not known; use cpu, cuda, cuda:1 or mps')
     device = torch.device(name)
@@ -279,13 +280,7 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise UsageError(f'--device "{name}": torch sees {count} CUDA devices here; use a lower index or --device cpu')
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError('--device "mps": torch cannot use it here; use --device cpu')
-    return device, _dtype(args.dtype, device)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+    return device, default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
 
 
 def _load_conversation(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Conversation:

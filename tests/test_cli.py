@@ -37,7 +37,8 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 def test_chat_streams_the_answer_to_stdout_alone(
     capsys: pytest.CaptureFixture[str], tiny_dir: Path, picture: Path
 ) -> None:
-    ask = ("chat", "--model", tiny_dir, "--image", picture, "--greedy", "--max-new-tokens", 8, "What is it?")
+    ask = ("chat", "--model", tiny_dir, "--dtype", "float32", "--greedy", "--max-new-tokens", 8)
+    ask = (*ask, "--image", picture, "What is it?")
     status, out, err = run(capsys, *ask)
     assert (status, err) == (0, "")
     status, line, err = run(capsys, *ask, "--json")
@@ -166,7 +167,8 @@ def test_terminal_sees_a_progress_bar_and_the_figures(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    status, out, _ = run(capsys, "chat", "--model", tiny_dir, "--greedy", "--max-new-tokens", 3, "Hello")
+    options = ("--dtype", "float32", "--greedy", "--max-new-tokens", 3)
+    status, out, _ = run(capsys, "chat", "--model", tiny_dir, *options, "Hello")
     shown = terminal.getvalue()
     assert status == 0
     assert "loading   0%" in shown

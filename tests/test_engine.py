@@ -18,6 +18,7 @@ from app.chat import Chat, ChatStore, Metrics, Turn
 from app.engine import BEAT_S, Engine, EngineError, Limits, Reply, Settings, _without_folders
 from app.lane import Lane, LaneFull
 from mmmamba import load_model
+from mmmamba.place import default_dtype
 from mmmamba.tokenizer import StreamDecoder
 
 GREEDY = Settings(greedy=True, max_new_tokens=12)
@@ -467,7 +468,8 @@ def real(tiny_dir: Path) -> Engine:
 def test_real_model_is_described(tiny_dir: Path) -> None:
     backend = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None)
     info = backend.info
-    assert (info.kind, info.device, info.dtype) == ("linear", "cpu", "float32")
+    dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
+    assert (info.kind, info.device, info.dtype) == ("linear", "cpu", dtype)
     assert info.state_bytes == backend.new_state().nbytes > 0
 
 

@@ -37,7 +37,8 @@ BESIDE = {
     "cost": {"config", "state"},
     "info": {"config", "cost"},
     "conversation": {"generate", "image", "model", "prompt", "tokenizer"},
-    "cli": {"checkpoint", "conversation", "generate", "image", "info"},
+    "place": set(),
+    "cli": {"checkpoint", "conversation", "generate", "image", "info", "place"},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "config", "conversation", "generate", "model", "state"},
 }
