@@ -233,7 +233,7 @@ _WEIGHTS = (1.5, 1.0, 1.0, 1.0, 1.5, 1.0, 1.5)
 
 
 class Shapes:
-    """Endless pictures of shapes with one to five questions each. A `Source`."""
+    """Endless pictures of shapes with one to six questions each. A `Source`."""
 
     name = "shapes"
 
@@ -246,7 +246,7 @@ class Shapes:
         """The scene and the questions behind `sample`."""
         rng = rng_for(self.name, self.split, seed, index, attempt)
         scene = random_scene(rng, self.split)
-        num_turns = rng.choice((0, 1, 2, 3, 3, 4))
+        num_turns = rng.choice((0, 1, 3, 4, 5, 5))
         turns: list[QA] = []
         asks = [ask for ask in QUESTIONS.values() if ask is not ask_describe]
         weights = [w for ask, w in zip(QUESTIONS.values(), _WEIGHTS, strict=True) if ask is not ask_describe]
