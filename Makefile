@@ -55,8 +55,8 @@ $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) install $(PIP_ARGS) -r requirements.txt -c constraints.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(PIP) install $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
+$(VENV)/.installed-dev: requirements-dev.txt requirements-distill.txt $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) -r requirements-dev.txt -r requirements-distill.txt -c constraints.txt
 	@touch $@
 
 # Without a browser the tests that need one are skipped and say so; under CI=true that is a failure.

@@ -163,7 +163,7 @@ def test_versions_agree() -> None:
     constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     front_matter = (ROOT / "README.md").read_text(encoding="utf-8").split("---")[1]
     assert re.search(r"^sdk_version: (\S+)$", front_matter, re.MULTILINE)[1] == constraints["gradio"]
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-distill.txt"):
         named = re.findall(r"^([\w.-]+)>=", (ROOT / file).read_text(), re.MULTILINE)
         assert named
         assert not [name for name in named if name not in constraints]

@@ -238,7 +238,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 
 def test_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="needs gguf (requirements-dev.txt)")
+    gguf = pytest.importorskip("gguf", reason="needs gguf (requirements-distill.txt)")
     from distill.base_tokenizer import build_tokenizer
 
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc<|img>/_end", "Ġ", "ab", "abc"]
