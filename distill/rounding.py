@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from mmmamba.packing import PackedSpec, dequantize, quantize
 
-# Rows of a weight are rounded in groups, so a projection may be split by rows without changing anything.
-SpecOf = dict[str, PackedSpec]
-
 
 def storage_spec(name: str, tensor: Tensor) -> PackedSpec | None:
     """How nano stores a parameter of ours: 4 bits in the layers, 6 in the embedding table (it is the output head too),
@@ -43,21 +40,27 @@ def rounded(weight: Tensor, spec: PackedSpec) -> Tensor:
 @torch.no_grad()
 def round_(parameters: dict[str, nn.Parameter]) -> None:
     """Replace every parameter that is stored rounded by its rounded value."""
+    # All tensors of a format at once: groups know nothing of the tensor they are in, and hundreds of small launches
+    # would take longer than the work.
+    formats: dict[tuple[int, int], list[Tensor]] = {}
     for name, parameter in parameters.items():
         if spec := storage_spec(name, parameter):
-            parameter.copy_(rounded(parameter, spec))
+            formats.setdefault((spec.bits, spec.group_size), []).append(parameter)
+    for (bits, group_size), members in formats.items():
+        groups = torch.cat([p.reshape(-1, group_size) for p in members])
+        values = rounded(groups, PackedSpec(bits, group_size, tuple(groups.shape)))
+        parts = values.split([p.numel() // group_size for p in members])
+        torch._foreach_copy_(members, [part.view_as(p) for part, p in zip(parts, members, strict=True)])
 
 
 @contextmanager
 def rounded_weights(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters hold their rounded values; gradients gathered there apply to the full ones after it."""
     stored = {name: p for name, p in parameters.items() if storage_spec(name, p)}
-    with torch.no_grad():
-        full = {name: p.clone() for name, p in stored.items()}
+    full = [p.detach().clone() for p in stored.values()]
     round_(stored)
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in stored.items():
-                parameter.copy_(full[name])
+            torch._foreach_copy_(list(stored.values()), full)
