@@ -15,11 +15,9 @@ from distill.base import HUB_ID, load_base
 from distill.config import Recipe, StageConfig
 from distill.convert import fuse_, make_student
 from distill.data.batches import Batch, RowKind, Rows
-from distill.data.mixture import Mixture, loader
+from distill.data.mixture import Mixture, loader, open_sources
 from distill.data.photos import Photos
 from distill.data.sample import Source
-from distill.data.shapes import Shapes
-from distill.data.text import Conversations
 from distill.evaluate import accuracy
 from distill.nano import new_teacher
 from distill.rounding import storage_spec
@@ -30,6 +28,7 @@ from mmmamba.checkpoint import load_model, save_model
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
 
+OWN_TEXT = Path(__file__).parent / "data"  # self.jsonl.gz, drawn from the base model by distill.sample_text
 STUDENT_STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -54,14 +53,15 @@ def run_teacher(args: argparse.Namespace) -> None:
 
 
 def run_student(args: argparse.Namespace) -> None:
-    """Seed a student from the teacher and train its stages; what each stage trained is kept in OUT."""
+    """Seed a student from the teacher and train its stages; what each trained is kept in OUT/stages."""
     recipe = Recipe.load(args.recipe)
     teacher = load_model(args.teacher, device=args.device)
     student = make_student(teacher, *recipe.layer_types(teacher.config), seed=recipe.seed)
     data = _Data(args, recipe, teacher)
-    args.out.mkdir(parents=True, exist_ok=True)
+    stages = args.out / "stages"  # beside the checkpoint, not part of it
+    stages.mkdir(parents=True, exist_ok=True)
     for name in STUDENT_STAGES:
-        kept = args.out / f"{name}.safetensors"
+        kept = stages / f"{name}.safetensors"
         stage = (
             LogitsStage(teacher, student, compiled=args.compile)
             if name == "stage3"
@@ -73,9 +73,7 @@ def run_student(args: argparse.Namespace) -> None:
             continue
         if name not in args.stages.split(","):
             break
-        _train(
-            args, name, stage, recipe, data, lambda: save_file(_mixers(student), args.out / "unfinished.safetensors")
-        )
+        _train(args, name, stage, recipe, data, lambda: save_file(_mixers(student), stages / "unfinished.safetensors"))
         save_file(_mixers(student), kept)
         _report(args, student, name, data)
     save_model(fuse_(student).eval(), args.out)
@@ -117,17 +115,12 @@ class _Data:
         self.tokenizer: Tokenizer = load_tokenizer(args.tokenizer)
         self.config = model.config
         self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
+        folders = [*args.text, OWN_TEXT]
         self.sources: dict[RowKind, list[tuple[Source, float]]] = {
-            "image": [(Shapes("train"), recipe.weights.get("shapes", 1.0))],
-            "text": [
-                (text, recipe.weights.get(text.name, 1.0))
-                for text in (Conversations(path, "train", any_start=True) for path in args.text)
-            ],
+            "image": open_sources(recipe.image_sources, photos=args.photos),
+            "text": open_sources(recipe.text_sources, text=folders),
         }
-        self.val_photos: Photos | None = None
-        if args.photos:
-            self.sources["image"].append((Photos(args.photos, "train"), recipe.weights.get("photos", 1.0)))
-            self.val_photos = Photos(args.photos, "val")
+        self.val_photos = Photos(args.photos, "val") if args.photos else None
 
     def rows(self, kind: RowKind) -> Rows:
         return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind])
@@ -175,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--photos", type=Path, help="folder or tar of photo shards")
     for sub in (shared["teacher"], shared["student"]):
         sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
-        sub.add_argument("--text", type=Path, nargs="*", default=[], help="JSONL files of conversations")
+        sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
         sub.add_argument("--out", type=Path, required=True)
         sub.add_argument("--log", type=Path, default=Path("runs/distill.jsonl"))
         sub.add_argument("--workers", type=int, default=8, help="processes that make image batches")

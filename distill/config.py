@@ -62,7 +62,8 @@ class Recipe:
     softmax_layers: tuple[int, ...] = ()  # counted over both stacks, embedding first; the rest become mixers
     image_seqlen: int = 128
     text_seqlen: int = 256
-    weights: dict[str, float] = field(default_factory=dict)  # source -> share in its kind of batches; 1 unless named
+    image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
+    text_sources: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     @classmethod

@@ -63,4 +63,5 @@ def rounded_weights(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(list(stored.values()), full)
+            for parameter, value in zip(stored.values(), full, strict=True):
+                parameter.copy_(value)
