@@ -67,6 +67,25 @@ def test_teacher_student_bundle_and_eval(
     teacher = load_model(tmp_path / "teacher")
     assert teacher.config.kind == "teacher"
 
+    main(
+        [
+            "teacher",
+            "--base",
+            str(base),
+            "--resume",
+            str(tmp_path / "teacher"),
+            "--out",
+            str(tmp_path / "more"),
+            *common,
+        ]
+    )
+    first, resumed = (
+        line["image_ce"]
+        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        if line.get("step")
+    )
+    assert resumed < first, "the same first batch, from the trained weights"
+
     student = ["student", "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "linear"), *common]
     main([*student, "--stages", "stage1,stage2"])
     assert not (tmp_path / "linear" / "stages" / "stage3.safetensors").exists()
