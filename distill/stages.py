@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.convert import make_student
-from distill.data.batches import Batch
-from distill.inputs import Inputs, answer_hidden, hidden_states, prepare, weighted_mean
+from distill.inputs import Inputs, answer_hidden, hidden_states, weighted_mean
 from distill.losses import MSE_SCALE, layer_mse, token_kl
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
@@ -50,11 +49,6 @@ class Stage(ABC):
     def learning_rate(self, name: str) -> str:
         """The field of StageConfig that holds a parameter's peak rate."""
         return "lr"
-
-    def step(self, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
-        """`compute` on batches as they come from the loader."""
-        config, device = self.model.config, self.model.device
-        return self.compute([(weight, prepare(batch, config).to(device)) for weight, batch in batches])
 
     def autocast(self) -> torch.autocast:
         # No cache of cast weights: it would hold on to tensors of a captured graph.

@@ -23,7 +23,7 @@ from mmmamba.keymap import from_published
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import MMMamba
 from tests.helpers import FOLDERS, GOLDEN, golden_cases, golden_expected, golden_model
-from tests.training import batch, batches, copies, student_of, student_stage, teacher_of
+from tests.training import batch, batches, copies, run_step, student_of, student_stage, teacher_of
 
 LAYER_CASES = ("image", "text", "two_images")
 
@@ -227,7 +227,7 @@ def test_a_stage_lowers_its_loss(number: int) -> None:
     fixed = [(1.0, batch("image")), (0.5, batch("text"))]
     losses = []
     for _ in range(12):
-        metrics = stage.step(fixed)
+        metrics = run_step(stage, fixed)
         losses.append({name: float(value) for name, value in metrics.items()})
         optimizer.step()
         optimizer.zero_grad()
@@ -245,7 +245,7 @@ def test_the_teachers_losses() -> None:
         teacher.get_parameter(f"embedding.layers.{i}.mixer.out_proj.weight").data.zero_()
         teacher.get_parameter(f"embedding.layers.{i}.mlp.w2.weight").data.zero_()
     stage = TeacherStage(teacher, compiled=False)
-    metrics = stage.step([(1.0, batch("image")), (1.0, batch("text"))])
+    metrics = run_step(stage, [(1.0, batch("image")), (1.0, batch("text"))])
     assert 0 <= float(metrics["text_kl"]) < 1e-2
     image = batch("image")
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_weights_of_batches_scale_gradients() -> None:
         teacher = teacher_of("post")
         student = student_of(teacher, "post")
         stage = LogitsStage(teacher, student, compiled=False)
-        stage.step([(weight, batch("image"))])
+        run_step(stage, [(weight, batch("image"))])
         return {name: p.grad for name, p in stage.parameters().items() if p.grad is not None}
 
     one, half = gradient(1.0), gradient(0.5)

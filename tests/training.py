@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distill.convert import make_student
 from distill.data.batches import Batch
+from distill.inputs import prepare
+from distill.runner import step_runner
 from distill.stages import LayerStage, LogitsStage, Stage
 from mmmamba.checkpoint import load_model
 from mmmamba.config import ModelConfig
@@ -53,3 +55,9 @@ def batches(kind: str) -> Iterator[Batch]:
 
 def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run_step(stage: Stage, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
+    """One step as the trainer runs it, without the optimizer."""
+    prepared = [(weight, prepare(batch, stage.model.config)) for weight, batch in batches]
+    return step_runner(stage, graph=False)(prepared)
