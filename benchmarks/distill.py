@@ -21,6 +21,7 @@ from benchmarks.machine import best_s, device_name, peak_memory_bytes, reset_pea
 from distill.config import Recipe, StageConfig
 from distill.convert import make_student
 from distill.data.batches import Batch
+from distill.distributed import FlatGradients
 from distill.inputs import Inputs, prepare
 from distill.nano import IMG_CONTEXT_TOKEN_ID, nano_config
 from distill.runner import step_runner
@@ -103,12 +104,13 @@ def _measure(
     parameters = stage.parameters()
     cuda = stage.model.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters.values(), fused=cuda)
-    run = step_runner(stage, graph=args.graph and cuda)
+    gradients = FlatGradients(parameters.values())
+    run = step_runner(stage, gradients, graph=args.graph and cuda)
 
     def step() -> float:
         started = time.perf_counter()
         run(batches)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+        gradients.clip_(config.clip)
         optimizer.step()
         synchronize(stage.model.device)
         return (time.perf_counter() - started) * 1e3

@@ -1,4 +1,7 @@
-"""Train nano: `python -m distill teacher|student|eval|bundle --help`."""
+"""Train nano: `python -m distill teacher|student|eval|bundle --help`.
+
+Several cards train together under a launcher: `torchrun --nproc-per-node 2 -m distill teacher ...`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from distill.data.batches import Batch, RowKind, Rows
 from distill.data.mixture import Mixture, loader, open_sources
 from distill.data.photos import Photos
 from distill.data.sample import Source
+from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.nano import new_teacher
 from distill.rounding import storage_spec
@@ -36,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see the module's text."""
     args = _parser().parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = True
+    args.processes = Processes.join()
     {"teacher": run_teacher, "student": run_student, "eval": run_eval, "bundle": run_bundle}[args.command](args)
+    args.processes.leave()
 
 
 def run_teacher(args: argparse.Namespace) -> None:
@@ -48,8 +54,9 @@ def run_teacher(args: argparse.Namespace) -> None:
     if args.resume:
         model.load_state_dict(load_model(args.resume, device=args.device).state_dict())
     _train(args, "teacher", stage, recipe, data, lambda: save_model(model, args.out))
-    save_model(model.eval().requires_grad_(False), args.out)
-    _report(args, model, "teacher", data)
+    if args.processes.is_main:
+        save_model(model.eval().requires_grad_(False), args.out)
+        _report(args, model, "teacher", data)
 
 
 def run_student(args: argparse.Namespace) -> None:
@@ -74,9 +81,12 @@ def run_student(args: argparse.Namespace) -> None:
         if name not in args.stages.split(","):
             break
         _train(args, name, stage, recipe, data, lambda: save_file(_mixers(student), stages / "unfinished.safetensors"))
-        save_file(_mixers(student), kept)
-        _report(args, student, name, data)
-    save_model(fuse_(student).eval(), args.out)
+        if args.processes.is_main:
+            save_file(_mixers(student), kept)
+            _report(args, student, name, data)
+        args.processes.wait()
+    if args.processes.is_main:
+        save_model(fuse_(student).eval(), args.out)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -103,7 +113,7 @@ def _train(
     config = recipe.stages[name]
     images, text = data.batches("image", config), data.batches("text", config)
     assert images is not None, "shapes are always there"
-    train(name, stage, config, images, text, _log(args), graph=args.graph, save=save)
+    train(name, stage, config, images, text, _log(args), graph=args.graph, save=save, processes=args.processes)
 
 
 class _Data:
@@ -112,6 +122,7 @@ class _Data:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: MMMamba) -> None:
         self.recipe = recipe
         self.workers = args.workers
+        self.processes: Processes = args.processes
         self.tokenizer: Tokenizer = load_tokenizer(args.tokenizer)
         self.config = model.config
         self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
@@ -131,7 +142,14 @@ class _Data:
         if not self.sources[kind] or not size:
             return None
         seed = self.recipe.seed * 10 + list(self.recipe.stages.values()).index(config)
-        mixture = Mixture(self.sources[kind], self.rows(kind), batch_size=size, seed=seed)
+        mixture = Mixture(
+            self.sources[kind],
+            self.rows(kind),
+            batch_size=size,
+            seed=seed,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
         workers = self.workers if kind == "image" else min(1, self.workers)
         return iter(loader(mixture, num_workers=workers, prefetch=4))
 
@@ -171,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
         sub.add_argument("--out", type=Path, required=True)
         sub.add_argument("--log", type=Path, default=Path("runs/distill.jsonl"))
-        sub.add_argument("--workers", type=int, default=8, help="processes that make image batches")
+        sub.add_argument("--workers", type=int, default=8, help="processes that make image batches for one card")
         sub.add_argument("--eval-count", type=int, default=200, help="held-out questions a task after each stage")
         sub.add_argument("--no-compile", dest="compile", action="store_false")
         sub.add_argument("--graph", action="store_true", help="capture a step as a CUDA graph")

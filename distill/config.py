@@ -28,6 +28,7 @@ class StageConfig:
     warmup: float = 0.04
     decay: float = 0.25
     weight_decay: float = 0.05
+    muon: bool = False  # for the matrices at rate `lr`; everything else, and all without it, by AdamW
     clip: float = 1.0
     text_weight: float = 1.0
     save_minutes: float = 0.0  # write what there is so far as often (0: only at the end)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distill.distributed import FlatGradients
 from distill.inputs import Inputs
 from distill.stages import Stage
 
@@ -18,30 +19,31 @@ StepFn = Callable[[WeightedInputs], dict[str, Tensor]]
 WARMUP_STEPS = 3  # compilation and lazy allocations happen before the capture
 
 
-def step_runner(stage: Stage, *, graph: bool) -> StepFn:
+def step_runner(stage: Stage, gradients: FlatGradients, *, graph: bool) -> StepFn:
     """A function that takes batches on the CPU, zeroes the gradients, and leaves new ones.
 
     Raises (from the function): ValueError if a batch has other shapes than the first and `graph` is on.
     """
-    return _GraphRunner(stage) if graph else _PlainRunner(stage)
+    return _GraphRunner(stage, gradients) if graph else _PlainRunner(stage, gradients)
 
 
 class _PlainRunner:
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, gradients: FlatGradients) -> None:
         self.stage = stage
-        self.parameters = list(stage.parameters().values())
+        self.gradients = gradients
 
     def __call__(self, batches: WeightedInputs) -> dict[str, Tensor]:
-        for parameter in self.parameters:
-            parameter.grad = None
         device = self.stage.model.device
-        return self.stage.compute([(weight, inputs.to(device)) for weight, inputs in batches])
+        return self._step([(weight, inputs.to(device)) for weight, inputs in batches])
+
+    def _step(self, batches: WeightedInputs) -> dict[str, Tensor]:
+        self.gradients.zero_()
+        return self.stage.compute(batches)
 
 
-class _GraphRunner:
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.parameters = list(stage.parameters().values())
+class _GraphRunner(_PlainRunner):
+    def __init__(self, stage: Stage, gradients: FlatGradients) -> None:
+        super().__init__(stage, gradients)
         self.static: WeightedInputs = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.metrics: dict[str, Tensor] = {}
@@ -61,17 +63,10 @@ class _GraphRunner:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARMUP_STEPS):
-                self._step()
+                self._step(self.static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Thread-local: the loader's pinning thread may call CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.metrics = self._step()
+            self.metrics = self._step(self.static)
         self.graph = graph
-
-    def _step(self) -> dict[str, Tensor]:
-        # The gradients keep their memory: the graph adds into it.
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if grads:
-            torch._foreach_zero_(grads)
-        return self.stage.compute(self.static)

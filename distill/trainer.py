@@ -15,12 +15,15 @@ from torch import nn
 
 from distill.config import StageConfig
 from distill.data.batches import Batch
+from distill.distributed import FlatGradients, Processes
 from distill.inputs import Inputs, prepare
+from distill.optim import Muon
 from distill.rounding import round_, rounded_weights
 from distill.runner import step_runner
 from distill.stages import Stage, no_weight_decay
 
 LOG_EVERY = 25
+ONE_PROCESS = Processes()
 
 
 def train(
@@ -33,6 +36,7 @@ def train(
     *,
     graph: bool = False,
     save: Callable[[], None] | None = None,
+    processes: Processes = ONE_PROCESS,
 ) -> None:
     """Run a stage; leaves the trained values in its parameters, rounded as stored if the config rounds at all.
 
@@ -42,31 +46,38 @@ def train(
     Args:
         graph: capture the step as a CUDA graph.
         save: called every `config.save_minutes`, to write what there is so far.
+        processes: those that train together, each on batches of its own; the main one writes.
     Raises: FloatingPointError if the loss is not finite (checked whenever a line is written), ValueError if nothing
         trains.
     """
     parameters = stage.parameters()
     if not parameters:
         raise ValueError(f"{name} trains nothing; check the layer types of the recipe")
-    count = sum(p.numel() for p in parameters.values())
-    print(f"{name}: {count:,} parameters in {len(parameters)} tensors", flush=True)
-    cuda = next(iter(parameters.values())).is_cuda
-    optimizer = torch.optim.AdamW(_groups(stage, parameters, config), betas=(0.9, 0.95), fused=cuda)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    run = step_runner(stage, graph=graph)
+    if processes.is_main:
+        count = sum(p.numel() for p in parameters.values())
+        print(f"{name}: {count:,} parameters in {len(parameters)} tensors", flush=True)
+    optimizers = _optimizers(stage, parameters, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    gradients = FlatGradients(parameters.values())
+    run = step_runner(stage, gradients, graph=graph)
     clock = _Clock(config)
     step = 0
-    while (progress := clock.progress(step)) < 1:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+    while (progress := processes.first(clock.progress(step))) < 1:
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * config.lr_factor(progress)
         rounding = progress >= config.round_from
         with clock.waiting():
             batches = _next(stage, config, image_batches, text_batches)
         with rounded_weights(parameters) if rounding else nullcontext():
             metrics = run(batches)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-        optimizer.step()
+        processes.average_(gradients.flat)
+        norm = gradients.clip_(config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
+        if not processes.is_main:
+            continue
         if step % LOG_EVERY == 0 or step == 1:
             values = {k: round(float(v), 5) for k, v in metrics.items()} | {"grad_norm": round(float(norm), 4)}
             line = {"stage": name, "step": step, "progress": round(progress, 4), "rounding": rounding}
@@ -89,18 +100,30 @@ def _next(
     return batches
 
 
-def _groups(stage: Stage, parameters: dict[str, nn.Parameter], config: StageConfig) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+def _optimizers(stage: Stage, parameters: dict[str, nn.Parameter], config: StageConfig) -> list[torch.optim.Optimizer]:
+    adamw: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    muon: list[nn.Parameter] = []
     for name, parameter in parameters.items():
-        groups.setdefault((stage.learning_rate(name), no_weight_decay(name)), []).append(parameter)
-    return [
+        rate, plain = stage.learning_rate(name), no_weight_decay(name)
+        if config.muon and rate == "lr" and parameter.ndim == 2 and not plain:
+            muon.append(parameter)
+        else:
+            adamw.setdefault((rate, plain), []).append(parameter)
+    groups: list[dict[str, Any]] = [
         {
             "params": params,
             "lr": getattr(config, rate) or config.lr,
             "weight_decay": 0.0 if plain else config.weight_decay,
         }
-        for (rate, plain), params in groups.items()
+        for (rate, plain), params in adamw.items()
     ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        cuda = groups[0]["params"][0].is_cuda
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cuda))
+    if muon:
+        optimizers.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
+    return optimizers
 
 
 def _write(log_path: Path, line: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.convert import make_student
 from distill.data.batches import Batch
+from distill.distributed import FlatGradients
 from distill.inputs import prepare
 from distill.runner import step_runner
 from distill.stages import LayerStage, LogitsStage, Stage
@@ -60,4 +61,4 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def run_step(stage: Stage, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
     """One step as the trainer runs it, without the optimizer."""
     prepared = [(weight, prepare(batch, stage.model.config)) for weight, batch in batches]
-    return step_runner(stage, graph=False)(prepared)
+    return step_runner(stage, FlatGradients(stage.parameters().values()), graph=False)(prepared)
