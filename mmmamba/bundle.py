@@ -25,7 +25,7 @@ from mmmamba.keymap import to_published
 from mmmamba.model import MMMamba
 from mmmamba.packing import PackedSpec, pack
 
-MAX_SHARD_BYTES = 13 * 2**20
+MAX_SHARD_BYTES = 25 * 2**19
 HALF_FROM_NUMEL = 100_000  # unpacked tensors from this size on are stored in float16, smaller ones in float32
 SpecFn = Callable[[str, Tensor], PackedSpec | None]
 
