@@ -96,7 +96,7 @@ def _content(names: list[tuple[str, str]]) -> str:
 def random_scene(rng: random.Random, split: Split) -> Scene:
     """A scene of 1 to `MAX_SHAPES` shapes: a held-out one for split "val", another for "train"."""
     while True:
-        look = _random_look(rng)
+        look = random_look(rng)
         colors = [name for name, rgb in COLORS.items() if _contrast(rgb, look.background) >= _MIN_CONTRAST]
         num_shapes = rng.randint(1, MAX_SHAPES)
         # Few kinds and colours make equal shapes, without which there would be little to count and compare.
@@ -115,7 +115,7 @@ def random_scene(rng: random.Random, split: Split) -> Scene:
 
 def draw_scene(scene: Scene, size_px: int = 224) -> Image.Image:
     """Draw the scene as an RGB picture of `size_px` by `size_px`."""
-    image = _draw_background(scene.look, size_px)
+    image = draw_background(scene.look, size_px)
     masks = [_mask(s, size_px, hollow=scene.look.style == "hollow") for s in scene.shapes]
     if scene.look.shadow:
         offset_px = round(size_px * 0.013)
@@ -132,7 +132,8 @@ def draw_scene(scene: Scene, size_px: int = 224) -> Image.Image:
 # -- content and places ------------------------------------------------------------------------------------------------
 
 
-def _random_look(rng: random.Random) -> Look:
+def random_look(rng: random.Random) -> Look:
+    """A white, black, pale, dark or middling background, mostly plain."""
     roll = rng.random()
     if roll < 0.25:
         background = (255, 255, 255) if rng.random() < 0.8 else (0, 0, 0)
@@ -303,7 +304,8 @@ def _mask(
     return mask.reduce(_SUPERSAMPLE), (left, top)
 
 
-def _draw_background(look: Look, size_px: int) -> Image.Image:
+def draw_background(look: Look, size_px: int) -> Image.Image:
+    """The picture before anything is in it, RGB, `size_px` by `size_px`."""
     if look.texture == "flat":
         return Image.new("RGB", (size_px, size_px), look.background)
     rng = np.random.default_rng(look.seed)
