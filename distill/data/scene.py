@@ -308,19 +308,23 @@ def draw_background(look: Look, size_px: int) -> Image.Image:
     """The picture before anything is in it, RGB, `size_px` by `size_px`."""
     if look.texture == "flat":
         return Image.new("RGB", (size_px, size_px), look.background)
+    # Whole numbers throughout: as floats, this costs as much as all the rest of a picture.
     rng = np.random.default_rng(look.seed)
-    if look.texture == "grain":
-        texture = rng.integers(-1000, 1001, (size_px, size_px, 1 if rng.random() < 0.5 else 3)) / 1000
-    elif look.texture in ("gradient", "blotches"):
-        # A few random values, smoothly enlarged: two by two is a gradient.
+    base = np.asarray(look.background, np.int16)
+    reach = round(look.strength)
+    if look.texture in ("gradient", "blotches"):
+        # A few random colours, smoothly enlarged: two by two is a gradient.
         cells = 2 if look.texture == "gradient" else int(rng.integers(4, 12))
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        texture = np.asarray(coarse.resize((size_px, size_px), Image.Resampling.BICUBIC)) / np.float32(127.5) - 1
+        coarse = base + rng.integers(-reach, reach + 1, (cells, cells, 3), dtype=np.int16)
+        small = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
+        return small.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    if look.texture == "grain":
+        channels = 1 if rng.random() < 0.5 else 3
+        texture = rng.integers(-reach, reach + 1, (size_px, size_px, channels), dtype=np.int8)
     else:
         period_px = size_px / rng.integers(4, 16)
-        along = np.floor(np.arange(size_px) / period_px).astype(int) % 2
+        along = np.floor(np.arange(size_px) / period_px).astype(np.int8) % 2
         across = along if look.texture == "checks" else np.zeros_like(along)
-        texture = ((along[:, None] + across[None]) % 2)[..., None] * 2.0 - 1
+        texture = (((along[:, None] + across[None]) % 2)[..., None] * 2 - 1) * np.int8(reach)
         texture = texture.transpose(1, 0, 2) if rng.random() < 0.5 else texture
-    pixels = np.asarray(look.background, np.float32) + texture * np.float32(look.strength)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return Image.fromarray((base + texture).clip(0, 255).astype(np.uint8))
