@@ -18,7 +18,7 @@ from distill.data.things import GROUPS, Thing, alike, with_article
 
 _CLEAR = 0.17  # of the picture's side: what counts as clearly left of, right of, above or below
 
-_NAME = (
+NAME_QUESTIONS = (
     "What is this?",
     "What is in the picture?",
     "What does the image show?",
@@ -53,7 +53,7 @@ def ask_name(scene: IconScene, pool: Sequence[Thing], rng: random.Random) -> QA 
     """What is this?  Of a single icon."""
     if len(scene.placed) > 1:
         return None
-    return rng.choice(_NAME), sentence(scene.things[0].noun)
+    return rng.choice(NAME_QUESTIONS), sentence(scene.things[0].noun)
 
 
 def ask_list(scene: IconScene, pool: Sequence[Thing], rng: random.Random) -> QA | None:
@@ -102,6 +102,8 @@ def _absent(present: Sequence[Thing], pool: Sequence[Thing], rng: random.Random)
 def ask_count(scene: IconScene, pool: Sequence[Thing], rng: random.Random) -> QA | None:
     """How many there are: of all, of a thing, of a group."""
     present = scene.things
+    if len(present) == 1 and rng.random() < 0.75:  # or nearly all answers would be "one"
+        return None
     roll = rng.random()
     if roll < 0.3:
         if not all(thing.plural for thing in present):  # are grapes one thing?
@@ -117,17 +119,21 @@ def ask_count(scene: IconScene, pool: Sequence[Thing], rng: random.Random) -> QA
         "How many {} does the image show?",
         "What is the number of {}?",
     ]
-    if roll < 0.65:
+    if roll < 0.38:
+        absent = _absent(present, [thing for thing in pool if thing.plural], rng)
+        return None if absent is None else (rng.choice(templates).format(absent.plural), sentence(NUMBERS[0]))
+    # Larger numbers more often, for the same reason.
+    if roll < 0.7:
         clear = [t for t in present if t.plural and all(t == other or not alike(t, other) for other in present)]
         if not clear:
             return None
-        thing = rng.choice(clear)
+        thing = rng.choices(clear, [present.count(t) for t in clear])[0]
         return rng.choice(templates).format(thing.plural), sentence(NUMBERS[present.count(thing)])
     groups = [group for group in _sure_groups(scene) if all(t.plural for t in present if group in t.groups)]
     if not groups:
         return None
-    group = rng.choice(groups)
-    number = sum(group in thing.groups for thing in present)
+    numbers = [sum(group in thing.groups for thing in present) for group in groups]
+    group, number = rng.choices(list(zip(groups, numbers, strict=True)), [number**2 for number in numbers])[0]
     return rng.choice(templates).format(GROUPS[group]), sentence(NUMBERS[number])
 
 
@@ -158,10 +164,16 @@ def ask_group(scene: IconScene, pool: Sequence[Thing], rng: random.Random) -> QA
             return None
         templates = ["What kind of thing is this?", "What sort of thing is it?", "What is this in general?"]
         return rng.choice(templates), sentence(_group_noun(thing.groups[0]))
+    return ask_is_group(scene, rng)
+
+
+def ask_is_group(scene: IconScene, rng: random.Random) -> QA | None:
+    """Is there a vehicle?  As often yes as no."""
+    groups = _sure_groups(scene)
+    if not groups:
+        return None
     truth = rng.random() < 0.5
     if truth:
-        if not groups:
-            return None
         group = rng.choice(groups)
     else:
         touched = {group for thing in scene.things for group in (*thing.groups, *thing.maybe)}

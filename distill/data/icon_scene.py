@@ -75,13 +75,13 @@ def open_drawing(key: str, data: bytes) -> Image.Image:
         raise ValueError(f"drawing {key} cannot be decoded ({error}); make its file again") from error
 
 
-def read_drawings(path: Path, split: Split, kind: str) -> list[tuple[str, bytes, dict[str, Any]]]:
-    """Key, picture and record of every drawing of a kind ("icon" or "flag") in the styles of a split.
+def read_drawings(path: Path, split: Split | None, kind: str) -> list[tuple[str, bytes, dict[str, Any]]]:
+    """Key, picture and record of every drawing of a kind ("icon" or "flag") in the styles of a split (None: of all).
 
     Raises: ValueError for a file that cannot be read or holds no such drawing.
     """
     found = []
-    for _, key, data, text in read_records(path, check_split(split)):
+    for _, key, data, text in read_records(path, None if split is None else check_split(split)):
         try:
             record = json.loads(text)
             if record["kind"] == kind:
@@ -91,12 +91,13 @@ def read_drawings(path: Path, split: Split, kind: str) -> list[tuple[str, bytes,
                 f"the record of {key} in {path} cannot be used ({error!r}); make the file again"
             ) from error
     if not found:
-        raise ValueError(f'{path} holds no drawings of kind "{kind}" and split "{split}"; make it with icons_pack')
+        which = f'kind "{kind}"' + (f' and split "{split}"' if split else "")
+        raise ValueError(f"{path} holds no drawings of {which}; make it with icons_pack")
     return found
 
 
-def read_icons(path: Path, split: Split) -> list[Icon]:
-    """Every icon in the styles of a split; raises as `read_drawings`."""
+def read_icons(path: Path, split: Split | None) -> list[Icon]:
+    """Every icon in the styles of a split (None: of all); raises as `read_drawings`."""
     things: dict[str, Thing] = {}  # one for each name: 5,000 records share 750
     icons = []
     for key, data, record in read_drawings(path, split, "icon"):

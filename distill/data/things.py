@@ -88,7 +88,7 @@ class Thing:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        return frozenset(self.name.lower().split()) - {"of", "and", "on", "with", "a"}
+        return frozenset(self.name.lower().split()) - {"of", "and", "on", "with", "a", "the"}
 
 
 def with_article(name: str) -> str:

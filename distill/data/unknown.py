@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from distill.data.groups import absent_group
+from distill.data.icon_questions import NAME_QUESTIONS, ask_is_group
 from distill.data.icon_scene import Icon, make_scene, read_icons
 from distill.data.photos import LABEL_QUESTIONS, Photo, augment, read_photos, squash
 from distill.data.sample import QA, Sample, Split, casual, check_split, rng_for, sentence
@@ -66,10 +67,11 @@ _OF_ABSENT = (
 
 # What the classes of photos are some kind of, for an answer that stays general; others have none.
 _PHOTO_GROUPS = {
-    "animal": """ant, bass fish, beaver, butterfly, cougar, crab, crayfish, crocodile, dalmatian dog, dolphin,
-        dragonfly, elephant, emu, flamingo, gerenuk antelope, hawksbill sea turtle, hedgehog, ibis bird, kangaroo,
-        leopard, llama, lobster, mayfly, nautilus, octopus, okapi, panda, pigeon, platypus, rhino, rooster, scorpion,
-        seahorse, starfish, tick, wild cat""",
+    "animal": """
+        ant, bass fish, beaver, brontosaurus dinosaur, butterfly, cougar, crab, crayfish, crocodile, dalmatian
+        dog, dolphin, dragonfly, elephant, emu, flamingo, gerenuk antelope, hawksbill sea turtle, hedgehog, ibis
+        bird, kangaroo, leopard, llama, lobster, mayfly, nautilus, octopus, okapi, panda, pigeon, platypus,
+        rhino, rooster, scorpion, seahorse, starfish, stegosaurus dinosaur, tick, wild cat""",
     "plant": "bonsai tree, joshua tree, lotus flower, sunflower, water lily",
     "vehicle": "airplane, car, ferry, helicopter, motorbike, sailing boat, sailing ship",
     "musical instrument": "accordion, electric guitar, euphonium, grand piano, mandolin, saxophone",
@@ -80,9 +82,9 @@ _ALSO = {
     "binoculars": ("optical instrument",),
     "crayfish": ("crustacean", "shellfish"),
     "ferry": ("ship", "boat"),
-    "hedgehog": ("mammal",),
+    "menorah": ("candlestick", "candelabra"),
     "milk": ("milk carton", "carton of milk", "carton", "drink", "food"),
-    "sailing ship": ("boat", "sailing boat", "sailboat"),
+    "seahorse": ("fish", "sea animal"),
 }
 _GROUP_OF_CLASS = {
     name.strip(): group for group, names in _PHOTO_GROUPS.items() for name in names.replace("\n", " ").split(",")
@@ -130,8 +132,12 @@ class Unknown:
 
     def _of_icon(self, rng: random.Random) -> Sample:
         icon = rng.choice(self.icons)
-        _, image = make_scene([icon], rng)
-        return self._sample(image, [unseen_icon_turn(icon, rng)], rng)
+        scene, image = make_scene([icon], rng)
+        turns = [unseen_icon_turn(icon, rng)]
+        # As with known things, so that it is the picture that tells, not what is asked.
+        if rng.random() < 0.5 and (turn := ask_is_group(scene, rng)) is not None:
+            turns.insert(0, turn)
+        return self._sample(image, turns, rng)
 
     def _of_photo(self, rng: random.Random) -> Sample:
         photo = rng.choice(self.photos)
@@ -163,8 +169,11 @@ def _is_mute(photo: Photo) -> bool:
 
 
 def unseen_icons(path: Path, split: Split) -> list[Icon]:
-    """Icons of things that are never taught and that this split asks about, in the styles of the split."""
-    icons = read_icons(path, split)
+    """Icons of things that are never taught and that this split asks about.
+
+    For evaluation in all styles, since no training sample shows such a thing; for training in the styles of training.
+    """
+    icons = read_icons(path, None if split == "val" else split)
     return [icon for icon in icons if part_of(icon.thing.name, taught=icon.thing.taught) == split]
 
 
@@ -198,7 +207,7 @@ def ask_absent(scene: Scene, rng: random.Random) -> QA:
 def unseen_icon_turn(icon: Icon, rng: random.Random) -> QA:
     """What is this?  Answered by the broadest sure group, or not at all."""
     groups = icon.thing.groups
-    return rng.choice(LABEL_QUESTIONS), general_answer(groups[-1] if groups else "")
+    return rng.choice(NAME_QUESTIONS), general_answer(groups[-1] if groups else "")
 
 
 def unseen_photo_turn(photo: Photo, rng: random.Random) -> QA:
