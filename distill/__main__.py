@@ -97,7 +97,8 @@ def run_eval(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device)
     rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
     photos = Photos(args.photos, "val") if args.photos else None
-    print(json.dumps({"model": args.model, "count": args.count} | accuracy(model, rows, photos, count=args.count)))
+    scores = accuracy(model, rows, photos, count=args.count, icons=args.icons)
+    print(json.dumps({"model": args.model, "count": args.count} | scores))
 
 
 def run_bundle(args: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ class _Data:
         self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
         folders = [*args.text, OWN_TEXT]
         self.sources: dict[RowKind, list[tuple[Source, float]]] = {
-            "image": open_sources(recipe.image_sources, photos=args.photos),
+            "image": open_sources(recipe.image_sources, photos=args.photos, icons=args.icons),
             "text": open_sources(recipe.text_sources, text=folders),
         }
         self.val_photos = Photos(args.photos, "val") if args.photos else None
@@ -162,7 +163,7 @@ def _mixers(student: MMMamba) -> dict[str, torch.Tensor]:
 
 
 def _report(args: argparse.Namespace, model: MMMamba, name: str, data: _Data) -> None:
-    scores = accuracy(model, data.rows("image"), data.val_photos, count=args.eval_count)
+    scores = accuracy(model, data.rows("image"), data.val_photos, count=args.eval_count, icons=args.icons)
     line = json.dumps({"stage": name, "eval_count": args.eval_count, "exact_match": scores})
     print(line, flush=True)
     with _log(args).open("a", encoding="utf-8") as log:
@@ -187,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         sub.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
         sub.add_argument("--photos", type=Path, help="folder or tar of photo shards")
+        sub.add_argument("--icons", type=Path, help="file of icons and flags, made by distill.data.icons_pack")
     for sub in (shared["teacher"], shared["student"]):
         sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
         sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
