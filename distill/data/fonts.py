@@ -30,6 +30,7 @@ class Font:
 
     caps: small letters look like capitals, so all that is printed with it is capitals.
     x_height: height of an x over the em, from the outlines.
+    currencies: the signs for money that it has.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Font:
     caps: bool
     x_height: float
     data: bytes
+    currencies: str = "$£€"
 
     def at(self, size_px: int) -> ImageFont.FreeTypeFont:
         """Ready to draw; letters about half of `size_px` tall, whatever the font (see `_X_HEIGHT`)."""
@@ -56,7 +58,7 @@ def builtin_font() -> Font:
     font = ImageFont.load_default(16)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise ValueError("this Pillow was built without FreeType and draws no text; install it from PyPI")
-    return Font("Aileron", "sans", False, False, 0.53, cast(io.BytesIO, font.path).getvalue())
+    return Font("Aileron", "sans", False, False, 0.53, cast(io.BytesIO, font.path).getvalue(), "$")
 
 
 class Fonts:
@@ -73,7 +75,7 @@ class Fonts:
             with tarfile.open(self.path) as tar:
                 records: list[dict[str, Any]] = json.load(_member(tar, INDEX))["fonts"]
                 for r in records:
-                    kind = r["kind"] if r["kind"] in KINDS else "sans"
+                    kind: FontKind = r["kind"] if r["kind"] in KINDS else "sans"
                     data = _member(tar, r["file"]).read()
                     self.faces.append(Font(r["family"], kind, r["held_out"], r["caps"], r["x_height"], data))
         except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:

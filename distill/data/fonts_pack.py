@@ -24,6 +24,9 @@ from distill.data.fonts import INDEX, FontKind
 NEEDED = "".join(map(chr, range(32, 127))) + "£€"
 CHARACTERS = NEEDED + "".join(map(chr, range(0xA1, 0x100))) + "ŒœŠšŽž–—‘’“”•…"
 
+# A program that changes nothing, in bytecode: drop-out control as by default, a push and a pop.
+_NO_HINTS = bytes((0xB8, 0x01, 0xFF, 0x85, 0xB0, 0x04, 0x8D, 0xB0, 0x00, 0x21))
+
 
 class Family(NamedTuple):
     """files: names of the faces, without folder.
@@ -190,12 +193,15 @@ def _cut(path: Path) -> tuple[bytes, dict[str, Any] | None]:
     try:
         from fontTools import subset
         from fontTools.pens.boundsPen import BoundsPen
+        from fontTools.ttLib import newTable
+        from fontTools.ttLib.tables.ttProgram import Program
     except ImportError as error:
         raise ValueError("packing fonts needs fontTools; pip install -r requirements-distill.txt") from error
     options = subset.Options()
     options.name_IDs = [0, 1, 2, 13, 14]  # copyright, family, face, licence and where it stands
     options.layout_features = ["kern"]
     options.hinting = False
+    options.desubroutinize = True
     options.notdef_outline = True
     options.drop_tables += ["FFTM"]
     font = subset.load_font(str(path), options)
@@ -210,6 +216,11 @@ def _cut(path: Path) -> tuple[bytes, dict[str, Any] | None]:
     x_height = round(pen.bounds[3] / font["head"].unitsPerEm, 3)
     copyright_text = font["name"].getDebugName(0) or ""
     font.flavor = None
+    if "glyf" in font:  # without a program FreeType would hint by itself, which takes three times as long
+        font["prep"] = newTable("prep")
+        font["prep"].program = Program()
+        font["prep"].program.fromBytecode(_NO_HINTS)
+        font["maxp"].maxStackElements = max(1, font["maxp"].maxStackElements)
     buffer = io.BytesIO()
     font.save(buffer, reorderTables=True)
     return buffer.getvalue(), {"x_height": x_height, "copyright": copyright_text}
