@@ -107,7 +107,9 @@ def room(font: Font, lines: Sequence[str], width_px: float, height_px: float) ->
 
 
 def pick_size(rng: random.Random, smallest: int, largest: int) -> int:
-    """A size between the two, small ones and large ones equally often."""
+    """A size between the two; small ones are as frequent as large ones, or half as much."""
+    if rng.random() < 0.5:
+        return rng.randint(smallest, largest)
     return round(math.exp(rng.uniform(math.log(smallest), math.log(largest))))
 
 

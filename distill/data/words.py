@@ -21,9 +21,7 @@ HELD_OUT_PERCENT = 10
 _MOST_LETTERS = 12
 _TEXT = Path(__file__).parent / "self.jsonl.gz"  # ordinary words come from here, those that occur at least twice
 
-MONTHS = tuple(
-    re.findall(r"\w+", "January February March April May June July August September October November December")
-)
+MONTHS = re.findall(r"\w+", "January February March April May June July August September October November December")
 _STARTS = re.findall(
     r"\w+", "b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl fr gl gr pl pr sh sk sl sp st tr"
 )
