@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distill.data.batches import Batch, Row, Rows, stack
+from distill.data.named import NAMES, open_named
 from distill.data.photos import Photos
 from distill.data.sample import Sample, Source, Split, rng_for
 from distill.data.shapes import Shapes
@@ -26,18 +27,25 @@ def open_sources(
     split: Split = "train",
     *,
     photos: str | Path | None = None,
+    fonts: str | Path | None = None,
     text: Sequence[str | Path] = (),
 ) -> list[tuple[Source, float]]:
     """The sources that a recipe names, with their weights, for `Mixture`.
 
     Args:
         weights: by name: "shapes", "photos", or the name of a file of conversations without endings, such as
-            "gsm8k_train". A weight of 0 leaves a source out.
+            "gsm8k_train". A weight of 0 leaves a source out. Also the names of `distill.data.named`, among them
+            "internvl:META.json" and "webdataset:SHARDS" for data of your own.
         photos: where the photos lie (see `distill.data.photos.Photos`).
+        fonts: a pack of fonts (see `distill.data.fonts_pack`), for "printed", "charts" and "digits".
         text: folders to look through, in order, for `NAME.jsonl.gz` and `NAME.jsonl`.
     Raises: ValueError for a name that is neither, and as the sources do.
     """
-    return [(_open(name, split, photos, text), weight) for name, weight in weights.items() if weight]
+    used = {name: weight for name, weight in weights.items() if weight}
+    return [
+        (open_named(name, split, fonts=fonts, text=text) or _open(name, split, photos, text), weight)
+        for name, weight in used.items()
+    ]
 
 
 def _open(name: str, split: Split, photos: str | Path | None, text: Sequence[str | Path]) -> Source:
@@ -54,7 +62,8 @@ def _open(name: str, split: Split, photos: str | Path | None, text: Sequence[str
                 # Two people's small talk has no beginning that matters; tasks and answers do.
                 return Conversations(path, split, any_start=name == "topical_chat")
     places = ", ".join(map(str, text)) or "no folder given with text="
-    raise ValueError(f'source "{name}" is neither "shapes" nor "photos", nor a .jsonl or .jsonl.gz file in {places}')
+    known = ", ".join(f'"{known}"' for known in (Shapes.name, Photos.name, *NAMES))
+    raise ValueError(f'source "{name}" is neither one of {known}, nor a .jsonl or .jsonl.gz file in {places}')
 
 
 class Mixture(IterableDataset[Batch]):

@@ -38,7 +38,7 @@ HELD_OUT_PERCENT = 10
 
 _SIZES_PX = ((14.0, 17.0), (20.0, 24.0), (29.0, 35.0))  # radius on a 224 px picture: small, medium, large
 _COLOR_JITTER = 10
-_MIN_CONTRAST = 140.0  # between a shape and the background, see `contrast`
+_MIN_CONTRAST = 140.0  # between a shape and the background, see `_contrast`
 _REACH = 1.15  # no point of a shape is further than this many radii from its centre
 _SUPERSAMPLE = 4
 
@@ -97,7 +97,7 @@ def random_scene(rng: random.Random, split: Split) -> Scene:
     """A scene of 1 to `MAX_SHAPES` shapes: a held-out one for split "val", another for "train"."""
     while True:
         look = random_look(rng)
-        colors = [name for name, rgb in COLORS.items() if contrast(rgb, look.background) >= _MIN_CONTRAST]
+        colors = [name for name, rgb in COLORS.items() if _contrast(rgb, look.background) >= _MIN_CONTRAST]
         num_shapes = rng.randint(1, MAX_SHAPES)
         # Few kinds and colours make equal shapes, without which there would be little to count and compare.
         kinds = rng.sample(KINDS, rng.choice((1, 2, 2, 3, 3, 4, 5, len(KINDS))))
@@ -133,6 +133,7 @@ def draw_scene(scene: Scene, size_px: int = 224) -> Image.Image:
 
 
 def random_look(rng: random.Random) -> Look:
+    """A white, black, pale, dark or middling background, mostly plain."""
     roll = rng.random()
     if roll < 0.25:
         background = (255, 255, 255) if rng.random() < 0.8 else (0, 0, 0)
@@ -222,7 +223,7 @@ def _jitter(rng: random.Random, rgb: RGB) -> RGB:
     return r, g, b
 
 
-def contrast(a: RGB, b: RGB) -> float:
+def _contrast(a: RGB, b: RGB) -> float:
     """Distance of two colours as the eye weighs it ("redmean", compuphase.com/cmetric.htm); black to white is 765."""
     red_mean = (a[0] + b[0]) / 2
     dr, dg, db = (x - y for x, y in zip(a, b, strict=True))
@@ -304,6 +305,7 @@ def _mask(
 
 
 def draw_background(look: Look, size_px: int) -> Image.Image:
+    """The picture before anything is in it, RGB, `size_px` by `size_px`."""
     if look.texture == "flat":
         return Image.new("RGB", (size_px, size_px), look.background)
     rng = np.random.default_rng(look.seed)

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 Point = tuple[float, float]
 Stroke = list[Point]
 
-# Strokes, divided by ";", as the points "x y" of a curve in a box 60 wide and 100 high, y downwards. A point given twice
-# is a corner. Some are written in more than one way.
+# Strokes, divided by ";", as the points "x y" of a curve in a box 60 wide and 100 high, y downwards. A point given
+# twice is a corner. Some are written in more than one way.
 _DRAWN: dict[str, tuple[str, ...]] = {
     "0": ("30 0, 8 16, 0 50, 10 86, 30 100, 52 84, 60 50, 50 14, 30 0",),
     "1": (
