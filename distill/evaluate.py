@@ -7,6 +7,8 @@ several answers are right, the best one counts (`is_right` on decoded text is mo
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from distill.data.batches import Batch, Rows, pixel_values, stack
@@ -31,16 +33,23 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
 
 
 def accuracy(
-    model: MMMamba, rows: Rows, photos: Photos | None, *, count: int, batch_size: int = 64
+    model: MMMamba,
+    rows: Rows,
+    photos: Photos | None,
+    *,
+    count: int,
+    fonts: Path | None = None,
+    nlvr: Path | None = None,
+    batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of exact matches for each task; `photos_label` is left out without photos."""
+    """Share of exact matches for each task; those that need photos, fonts or NLVR are left out without them."""
     result = {}
     for task in TASKS:
-        if task == "photos_label" and photos is None:
+        if {"photos_label": photos, "printed_text": fonts, "nlvr": nlvr}.get(task, ...) is None:
             continue
         made = [
             rows.row(Sample(q.image, ((q.question, q.answer.split(ALTERNATIVES)[0]),), task))
-            for q in held_out(task, count, photos=photos)
+            for q in held_out(task, count, photos=photos, fonts=fonts, nlvr=nlvr)
         ]
         fitting = [row for row in made if row is not None]
         hits = [

@@ -13,8 +13,9 @@ from distill.data.photos import Photos, label_question, squash
 from distill.data.sample import casual, rng_for
 from distill.data.scene import draw_scene
 from distill.data.shapes import NUMBERS, QUESTIONS, question_for
+from distill.reading import READING_TASKS, reading_questions, reads_right
 
-TASKS = (*QUESTIONS, "photos_label")
+TASKS = (*QUESTIONS, "photos_label", *READING_TASKS)
 ALTERNATIVES = "|"  # separates right answers, the best first
 
 
@@ -29,18 +30,29 @@ class Question(NamedTuple):
     answer: str
 
 
-def held_out(task: str, count: int, seed: int = 0, *, photos: str | Path | Photos | None = None) -> list[Question]:
+def held_out(
+    task: str,
+    count: int,
+    seed: int = 0,
+    *,
+    photos: str | Path | Photos | None = None,
+    fonts: str | Path | None = None,
+    nlvr: str | Path | None = None,
+) -> list[Question]:
     """`count` questions of one task that no training sample shares its scene or photo with; the same for the same seed.
 
     Args:
         task: one of `TASKS`. `shapes_*` draw their pictures; `photos_label` asks "What is this?" of the `val` split.
         count: how many; of photos at most as many as there are, each asked once.
         photos: for `photos_label`: the photos of split "val", or where they lie (see `distill.data.photos.Photos`).
+        fonts, nlvr: for `distill.reading.READING_TASKS`: a pack of fonts, and the folder with the files of NLVR.
     Raises: ValueError for an unknown task, `photos_label` without photos, or photos of another split.
     """
     if task in QUESTIONS:
         found = (question_for(task, seed, index, "val") for index in range(count))
         return [Question(draw_scene(scene), question, answer) for scene, (question, answer) in found]
+    if task in READING_TASKS:
+        return [Question(*asked) for asked in reading_questions(task, count, seed, fonts=fonts, nlvr=nlvr)]
     if task != "photos_label":
         raise ValueError(f'task "{task}" is not known; use one of {", ".join(TASKS)}')
     if photos is None:
@@ -69,11 +81,14 @@ def is_right(task: str, predicted: str, answer: str) -> bool:
       "apple" is right for a Granny Smith apple, "fruit" is not, nor is another variety). Only the first part of an
       apposition is needed ("a euphonium, a brass instrument"), and the owner will do for the part ("a cougar" for
       "a cougar's face", which is the same label).
+    * printed_text, charts_bar_pie, digits, nlvr: see `distill.reading.reads_right`.
 
     Raises: ValueError for an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f'task "{task}" is not known; use one of {", ".join(TASKS)}')
+    if task in READING_TASKS:
+        return reads_right(task, predicted, answer)
     if task == "shapes_describe":
         return sorted(_parts(predicted)) == sorted(_parts(answer))
     if task == "photos_label":

@@ -577,9 +577,9 @@ def test_mixtures_that_make_no_sense(tokenizer, shards):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_held_out_questions_repeat_and_accept_their_own_answer(task, shards):
-    asked = held_out_questions(task, 2, seed=1, photos=shards)
-    again = held_out_questions(task, 2, seed=1, photos=shards)
+def test_held_out_questions_repeat_and_accept_their_own_answer(task, shards, font_pack, nlvr_folder):
+    asked = held_out_questions(task, 2, seed=1, photos=shards, fonts=font_pack, nlvr=nlvr_folder)
+    again = held_out_questions(task, 2, seed=1, photos=shards, fonts=font_pack, nlvr=nlvr_folder)
     assert len(asked) == 2
     for a, b in zip(asked, again, strict=True):
         assert (a.question, a.answer) == (b.question, b.answer)

@@ -41,11 +41,12 @@ def open_sources(
         text: folders to look through, in order, for `NAME.jsonl.gz` and `NAME.jsonl`.
     Raises: ValueError for a name that is neither, and as the sources do.
     """
-    used = {name: weight for name, weight in weights.items() if weight}
-    return [
-        (open_named(name, split, fonts=fonts, text=text) or _open(name, split, photos, text), weight)
-        for name, weight in used.items()
-    ]
+    sources = []
+    for name, weight in weights.items():
+        if weight:
+            source = open_named(name, split, fonts=fonts, text=text)
+            sources.append((_open(name, split, photos, text) if source is None else source, weight))
+    return sources
 
 
 def _open(name: str, split: Split, photos: str | Path | None, text: Sequence[str | Path]) -> Source:
