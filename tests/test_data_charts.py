@@ -205,6 +205,13 @@ def test_descriptions_name_kind_and_title() -> None:
         assert answer.startswith(f'A {chart.kind.removeprefix("lying ")} chart titled "{chart.title}"')
 
 
+def test_a_chart_with_little_to_ask_is_asked_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal bars between the lines: no value, no extreme, no comparison, so four questions instead of five."""
+    dull = Chart("bar", "Votes", ("Cats", "Dogs"), (33, 33), step=20)
+    monkeypatch.setattr("distill.data.charts.random_chart", lambda *_: dull)
+    assert {len(Charts().sample(0, i).turns) for i in range(60)} == {2, 3, 4}, "and none asks for ever"
+
+
 def test_held_out_questions_are_of_held_out_bars_and_pies() -> None:
     source = Charts("val")
     for i in range(40):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from distill.data.digits import Digits, Number, ask, draw_number, random_number
 from distill.data.fonts import builtin_font
@@ -95,6 +96,16 @@ def test_numbers_lie_within_the_picture(text: str) -> None:
         assert image.size == (224, 224)
         grey = np.asarray(image.convert("L")).astype(int)
         assert grey.max() - grey.min() > 70
+
+
+def test_what_is_too_wide_by_a_hair_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = Image.new("L", (224, 224)), Image.new("L", (224, 224))
+    wide.paste(255, (1, 100, 223, 120))
+    narrow.paste(255, (60, 100, 160, 120))
+    masks = iter([wide, wide, *[narrow] * 100])
+    monkeypatch.setattr("distill.data.digits.write_by_hand", lambda *_: next(masks))
+    for i in range(10):
+        assert draw_number(Number("4071"), rng_for("wide", i), [builtin_font()]).size == (224, 224)
 
 
 def test_same_seed_and_index_give_the_same_sample(font_pack: Path) -> None:

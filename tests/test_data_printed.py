@@ -6,8 +6,10 @@ import json
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from distill.data.sample import held_out, rng_for
 from distill.data.shapes import NUMBERS
 from distill.data.sheet import ink_on, luma, room
 from distill.data.words import HELD_OUT_PERCENT, Words, listed_words, may_print, ordinary_words
-from distill.reading import reading_questions, reads_right
+from distill.reading import printed_error_rate, reading_questions, reads_right
 from tests.reading import write_fonts
 
 
@@ -382,6 +384,24 @@ def test_character_error_rate() -> None:
     assert character_error_rate([("abcdefgh", "ab")]) == 3
     with pytest.raises(ValueError, match="no characters"):
         character_error_rate([("a", " ")])
+
+
+def test_error_rate_of_a_model_counts_its_replies(font_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that reads everything but the last letter errs by one letter a text."""
+    texts = {image.tobytes(): answer for image, _, answer in reading_questions("printed_text", 6, fonts=font_pack)}
+
+    class Reader:
+        def __init__(self, *_: object) -> None: ...
+
+        def ask(self, _: str, images: list[Image.Image], params: object) -> Iterator[SimpleNamespace]:
+            assert params.temperature == 0
+            text = texts[images[0].tobytes()]
+            yield SimpleNamespace(text=f'"{text[:-3]}')
+            yield SimpleNamespace(text=f'{text[-3:-1]}"')
+
+    monkeypatch.setattr("distill.reading.Conversation", Reader)
+    rate = printed_error_rate(None, None, 6, fonts=font_pack)
+    assert rate == pytest.approx(6 / sum(map(len, texts.values())))
 
 
 def test_reading_is_scored_to_the_letter() -> None:

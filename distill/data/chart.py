@@ -22,6 +22,7 @@ ChartKind = Literal["bar", "lying bar", "line", "pie"]
 KINDS: tuple[ChartKind, ...] = ("bar", "lying bar", "line", "pie")
 HELD_OUT_PERCENT = 10
 SIZE_PX = 224
+_GAP_PX = 4
 
 _TITLES = (
     "Apples sold", "Visitors", "Rainfall", "Books read", "Votes", "Sales", "Cups of tea", "Goals", "Pets",
@@ -175,9 +176,12 @@ def draw_chart(chart: Chart, rng: random.Random, faces: list[Font], min_px: int)
 
 
 def _overlap(sheet: Sheet) -> bool:
+    """Whether two texts touch, or could be taken for one."""
     boxes = [box for _, box in sheet.boxes]
     return any(
-        a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for i, a in enumerate(boxes) for b in boxes[:i]
+        a[0] < b[2] + _GAP_PX and b[0] < a[2] + _GAP_PX and a[1] < b[3] and b[1] < a[3]
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
     )
 
 
@@ -226,12 +230,17 @@ def _draw_upright(
         if chart.kind == "bar":
             sheet.draw.rectangle((x - half, y, x + half, bottom), fill=colors[i])
         sheet.write(name, x, baseline(bottom + 3, face.size), face, ink, "ms")
-        if not chart.step:
-            sheet.write(str(value), x, y - (4 if chart.kind == "bar" else 7), face, ink, "ms")
+        if chart.kind == "bar" and not chart.step:
+            sheet.write(str(value), x, y - 4, face, ink, "ms")
     if chart.kind == "line":
         sheet.draw.line(points, fill=colors[0], width=rng.choice((2, 3)), joint="curve")
         for x, y in points:
             sheet.draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colors[0])
+        for i, (x, y) in enumerate(points if not chart.step else ()):
+            # Where the line leaves upwards on both sides the value stands below, if the axis leaves room.
+            valley = all(other[1] < y for other in points[max(0, i - 1) : i + 2] if other[0] != x)
+            below = valley and y + face.size * 1.1 < bottom
+            sheet.write(str(chart.values[i]), x, y + face.size if below else y - 7, face, ink, "ms", halo=paper)
 
 
 def _draw_lying(

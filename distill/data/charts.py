@@ -199,11 +199,16 @@ class Charts:
         chart, sheet = self._draw(rng)
         number = rng.randint(2, 5)
         turns: dict[tuple[str, str], QA] = {}
-        while len(turns) < number:
-            task = rng.choices(list(QUESTIONS), _WEIGHTS)[0]
+        tasks = list(QUESTIONS)
+        weights = list(_WEIGHTS)
+        while len(turns) < number and tasks:
+            task = rng.choices(tasks, weights)[0]
             turn = QUESTIONS[task](chart, rng)
-            if turn is not None:
-                turns.setdefault((task, turn[1]), turn)
+            if turn is None or (task, turn[1]) in turns:
+                # A chart of two equal bars has no more than four things to ask.
+                del weights[tasks.index(task)], tasks[tasks.index(task)]
+            else:
+                turns[task, turn[1]] = turn
         return chart, sheet, tuple((casual(rng, question), answer) for question, answer in turns.values())
 
     def sample(self, seed: int, index: int, attempt: int = 0) -> Sample:

@@ -186,6 +186,8 @@ def _write(number: Number, rng: random.Random, sheet: Sheet, ink: tuple[int, int
     if mask is None:
         return False
     left, top, right, bottom = mask.getbbox() or (0, 0, SIZE_PX, SIZE_PX)
+    if max(right - left, bottom - top) > SIZE_PX - 4:
+        return False
     shift = rng.randint(2 - left, SIZE_PX - 2 - right), rng.randint(2 - top, SIZE_PX - 2 - bottom)
     sheet.image.paste(ink, shift, mask)
     return True

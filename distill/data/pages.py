@@ -123,7 +123,7 @@ def _print_block(
 def make_sign(rng: random.Random, press: Press) -> Page | None:
     """A panel in a strong colour with a few words, mostly capitals."""
     font = press.face(rng, "sans", "sans", "serif", "display")
-    if press.words.signs and rng.random() < 0.6:
+    if rng.random() < min(0.6, len(press.words.signs) / 100):  # few are held out, and they would come all the time
         text = rng.choice(press.words.signs)
     else:
         text = " ".join(press.words.word(rng) for _ in range(rng.choice((1, 2, 2, 3))))

@@ -27,10 +27,23 @@ class Sheet:
         self.draw = ImageDraw.Draw(image)
         self.boxes: list[tuple[str, Box]] = []
 
-    def write(self, text: str, x: float, y: float, font: ImageFont.FreeTypeFont, ink: RGB, anchor: str = "ls") -> None:
-        """Write one line. `anchor` as in Pillow, by the baseline ("s"): "ls" from the left, "ms" centred, "rs"."""
+    def write(
+        self,
+        text: str,
+        x: float,
+        y: float,
+        font: ImageFont.FreeTypeFont,
+        ink: RGB,
+        anchor: str = "ls",
+        halo: RGB | None = None,
+    ) -> None:
+        """Write one line. `anchor` as in Pillow, by the baseline ("s"): "ls" from the left, "ms" centred, "rs".
+
+        halo: a colour around the letters, which keeps lines off them.
+        """
         self.boxes.append((text, self.draw.textbbox((x, y), text, font=font, anchor=anchor)))
-        self.draw.text((x, y), text, font=font, fill=ink, anchor=anchor)
+        width = 0 if halo is None else 2
+        self.draw.text((x, y), text, font=font, fill=ink, anchor=anchor, stroke_width=width, stroke_fill=halo)
 
     def write_turned(
         self,

@@ -48,6 +48,7 @@ def _strokes(drawn: str) -> tuple[Stroke, ...]:
 _GLYPHS = {character: [_strokes(drawn) for drawn in ways] for character, ways in _DRAWN.items()}
 CHARACTERS = frozenset(_GLYPHS)
 _STEPS = 5  # straight pieces between two points
+_THICK_PX = 12
 
 
 class Hand:
@@ -92,8 +93,9 @@ def write_by_hand(text: str, rng: random.Random, height_px: float, size_px: int)
     width = round(pen * scale)
     for stroke in strokes:
         points = [((left + px * height_px) * scale, (top + py * height_px) * scale) for px, py in stroke]
-        draw.line(points, fill=255, width=width, joint="curve")
-        for px, py in (points[0], points[-1]):
+        # Rounding every joint is slow, and shows with a thick pen only; a thin one needs round ends and corners.
+        draw.line(points, fill=255, width=width, joint="curve" if width > _THICK_PX else None)
+        for px, py in (*points[::_STEPS], points[-1]):
             draw.ellipse((px - width / 2, py - width / 2, px + width / 2, py + width / 2), fill=255)
     return mask.reduce(scale)
 
