@@ -150,6 +150,9 @@ def pixel_values(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Equal to `mmmamba.image.tile_image` of the same pictures at one tile each.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)
-    std = torch.tensor(IMAGENET_STD, device=pixels.device)
+    # Filled on the device: a captured graph may not copy from the host.
+    mean, std = (
+        torch.stack([torch.full((), v, device=pixels.device) for v in values])
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype).contiguous()
