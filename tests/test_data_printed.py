@@ -19,8 +19,10 @@ from distill.data.errors import character_error_rate, edit_distance
 from distill.data.fonts import KINDS, Fonts, builtin_font, open_fonts
 from distill.data.fonts_pack import FAMILIES, pack_fonts
 from distill.data.fonts_pack import main as pack_main
-from distill.data.pages import MAKERS, Page, Press, random_page
-from distill.data.printed import MIN_PX, READABLE, Printed, ask_there
+from distill.data.page import Page, Press
+from distill.data.pages import MAKERS, random_page
+from distill.data.printed import MIN_PX, Printed
+from distill.data.printed_questions import READABLE, ask_there
 from distill.data.sample import held_out, rng_for
 from distill.data.shapes import NUMBERS
 from distill.data.sheet import ink_on, luma, room
