@@ -24,6 +24,7 @@ from distill.data.sample import Source
 from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.nano import new_teacher
+from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
 from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
 from distill.trainer import train
@@ -97,7 +98,11 @@ def run_eval(args: argparse.Namespace) -> None:
     model = load_model(args.model, device=args.device)
     rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
     photos = Photos(args.photos, "val") if args.photos else None
-    scores = accuracy(model, rows, photos, count=args.count, icons=args.icons)
+    scores = accuracy(model, rows, photos, count=args.count, icons=args.icons, fonts=args.fonts, nlvr=args.nlvr)
+    if args.fonts:
+        scores["printed_text_cer"] = round(
+            printed_error_rate(model, rows.tokenizer, min(args.count, 200), fonts=args.fonts), 4
+        )
     print(json.dumps({"model": args.model, "count": args.count} | scores))
 
 
@@ -132,7 +137,9 @@ class _Data:
         self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
         folders = [*args.text, OWN_TEXT]
         self.sources: dict[RowKind, list[tuple[Source, float]]] = {
-            "image": open_sources(recipe.image_sources, photos=args.photos, icons=args.icons),
+            "image": open_sources(
+                recipe.image_sources, photos=args.photos, icons=args.icons, fonts=args.fonts, text=folders
+            ),
             "text": open_sources(recipe.text_sources, text=folders),
         }
         self.val_photos = Photos(args.photos, "val") if args.photos else None
@@ -163,7 +170,16 @@ def _mixers(student: MMMamba) -> dict[str, torch.Tensor]:
 
 
 def _report(args: argparse.Namespace, model: MMMamba, name: str, data: _Data) -> None:
-    scores = accuracy(model, data.rows("image"), data.val_photos, count=args.eval_count, icons=args.icons)
+    nlvr = next((folder for folder in args.text if (folder / "nlvr_hidden.jsonl.gz").is_file()), None)
+    scores = accuracy(
+        model,
+        data.rows("image"),
+        data.val_photos,
+        count=args.eval_count,
+        icons=args.icons,
+        fonts=args.fonts,
+        nlvr=nlvr,
+    )
     line = json.dumps({"stage": name, "eval_count": args.eval_count, "exact_match": scores})
     print(line, flush=True)
     with _log(args).open("a", encoding="utf-8") as log:
@@ -189,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
         sub.add_argument("--photos", type=Path, help="folder or tar of photo shards")
         sub.add_argument("--icons", type=Path, help="file of icons and flags, made by distill.data.icons_pack")
+        sub.add_argument("--fonts", type=Path, help="pack of fonts, made by distill.data.fonts_pack")
     for sub in (shared["teacher"], shared["student"]):
         sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
         sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
@@ -204,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     shared["student"].add_argument("--stages", default=",".join(STUDENT_STAGES), help="stages to run now")
     shared["eval"].add_argument("model")
     shared["eval"].add_argument("--count", type=int, default=200)
+    shared["eval"].add_argument("--nlvr", type=Path, help="folder with nlvr_hidden.jsonl.gz and the other two")
     bundle = command("bundle", run_bundle)
     bundle.add_argument("out", type=Path)
     bundle.add_argument("models", nargs="+", metavar="NAME=DIR")

@@ -39,16 +39,21 @@ def accuracy(
     *,
     count: int,
     icons: Path | None = None,
+    fonts: Path | None = None,
+    nlvr: Path | None = None,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of exact matches for each task; those of photos and icons are left out without photos and icons."""
+    """Share of exact matches for each task; those that need photos, icons, fonts or NLVR are left out without them."""
+    needs = (
+        dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons) | {"printed_text": fonts, "nlvr": nlvr}
+    )
     result = {}
     for task in TASKS:
-        if (task in PHOTO_TASKS and photos is None) or (task in ICON_TASKS and icons is None):
+        if needs.get(task, ...) is None:
             continue
         made = [
             rows.row(Sample(q.image, ((q.question, q.answer.split(ALTERNATIVES)[0]),), task))
-            for q in held_out(task, count, photos=photos, icons=icons)
+            for q in held_out(task, count, photos=photos, icons=icons, fonts=fonts, nlvr=nlvr)
         ]
         fitting = [row for row in made if row is not None]
         if not fitting:  # photos without a class that is never taught

@@ -25,10 +25,11 @@ from distill.data.unknown import (
     unseen_photos,
 )
 from distill.data.unseen import part_of
+from distill.reading import READING_TASKS, reading_questions, reads_right
 
 PHOTO_TASKS = ("photos_label", "photo_facts", "unknown_photos")  # need photos=
 ICON_TASKS = ("icons_style", "flags", "unknown_icons")  # need icons=
-TASKS = (*QUESTIONS, *PHOTO_TASKS, *ICON_TASKS, "unknown_shapes")
+TASKS = (*QUESTIONS, *PHOTO_TASKS, *ICON_TASKS, "unknown_shapes", *READING_TASKS)
 ALTERNATIVES = "|"  # separates right answers, the best first
 
 
@@ -50,6 +51,8 @@ def held_out(
     *,
     photos: str | Path | Photos | None = None,
     icons: str | Path | None = None,
+    fonts: str | Path | None = None,
+    nlvr: str | Path | None = None,
 ) -> list[Question]:
     """`count` questions of one task that no training sample shares its scene or photo with; the same for the same seed.
 
@@ -60,10 +63,12 @@ def held_out(
               photos.  unknown_photos: "What is this?" of classes that no training sample shows.
             * icons_style: "What is this?" of things that are taught, in drawing styles that are not.  flags: as
               held-out drawings show them.  unknown_icons: "What is this?" of things that no training sample shows.
+            * `READING_TASKS`: see `distill.reading`.
         count: how many; of photos and unknown icons at most as many as there are, each asked once.
         photos: for `PHOTO_TASKS`: the photos of split "val", or where they lie (see `distill.data.photos.Photos`).
         icons: for `ICON_TASKS`: the file that holds icons and flags (see `distill.data.icons_pack`).
-    Raises: ValueError for an unknown task, photos or icons that are missing, or photos of another split.
+        fonts, nlvr: for `READING_TASKS`: a pack of fonts, and the folder with the files of NLVR.
+    Raises: ValueError for an unknown task, something needed that is missing, or photos of another split.
     """
     if task not in TASKS:
         raise ValueError(f'task "{task}" is not known; use one of {", ".join(TASKS)}')
@@ -76,6 +81,8 @@ def held_out(
         if icons is None:
             raise ValueError(f"task {task} needs icons; pass icons= with the file that holds them")
         return _of_icons(task, count, seed, icons)
+    if task in READING_TASKS:
+        return [Question(*asked) for asked in reading_questions(task, count, seed, fonts=fonts, nlvr=nlvr)]
     if photos is None:
         raise ValueError(f"task {task} needs photos; pass photos= with the folder or file that holds them")
     if not isinstance(photos, Photos):
@@ -133,11 +140,14 @@ def is_right(task: str, predicted: str, answer: str) -> bool:
       object"), or the right name after all. A hedge before a name ("I am not sure, perhaps a dog.") counts as the name.
     * unknown_shapes: any answer that says it is not sure, or that the picture does not show it; of a shape that is not
       there, it must name this one ("There are no stars.").
+    * printed_text, charts_bar_pie, digits, nlvr: see `distill.reading.reads_right`.
 
     Raises: ValueError for an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f'task "{task}" is not known; use one of {", ".join(TASKS)}')
+    if task in READING_TASKS:
+        return reads_right(task, predicted, answer)
     if task == "shapes_describe":
         return sorted(_parts(predicted)) == sorted(_parts(answer))
     if task.startswith("unknown_"):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
+from tests.reading import write_fonts, write_nlvr
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -71,6 +73,18 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     return path
+
+
+@pytest.fixture(scope="session")
+def font_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of fonts as `distill.data.fonts_pack` makes it."""
+    return write_fonts(tmp_path_factory.mktemp("fonts") / "fonts.tar.gz")
+
+
+@pytest.fixture(scope="session")
+def nlvr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three files of NLVR, ten statements each."""
+    return write_nlvr(tmp_path_factory.mktemp("nlvr"))
 
 
 @pytest.fixture(scope="session")

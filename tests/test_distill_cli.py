@@ -49,7 +49,12 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_teacher_student_bundle_and_eval(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    base: Path,
+    font_pack: Path,
+    nlvr_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = tiny_config()
     monkeypatch.setattr("distill.nano.nano_config", lambda: config)
@@ -58,10 +63,19 @@ def test_teacher_student_bundle_and_eval(
     monkeypatch.setattr("distill.rounding.storage_spec", lambda name, tensor: None)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
-        yaml.safe_dump({"image_seqlen": 96, "text_seqlen": 128, "text_sources": {"self": 1}, "stages": stages})
+        yaml.safe_dump(
+            {
+                "image_seqlen": 160,
+                "text_seqlen": 128,
+                "image_sources": dict.fromkeys(("shapes", "printed", "charts", "digits", "nlvr"), 1),
+                "text_sources": {"self": 1},
+                "stages": stages,
+            }
+        )
     )
     common = ["--recipe", str(recipe), "--tokenizer", str(BUNDLED_DIR), "--log", str(tmp_path / "log.jsonl")]
     common += ["--workers", "0", "--eval-count", "2", "--no-compile", "--device", "cpu"]
+    common += ["--fonts", str(font_pack), "--text", str(nlvr_folder)]
 
     main(["teacher", "--base", str(base), "--out", str(tmp_path / "teacher"), *common])
     teacher = load_model(tmp_path / "teacher")
@@ -107,5 +121,13 @@ def test_teacher_student_bundle_and_eval(
             assert torch.allclose(again.get_parameter(ours), tensor, atol=1e-3), ours
 
     capsys.readouterr()
-    main(["eval", str(tmp_path / "nano" / "linear"), "--tokenizer", str(BUNDLED_DIR), "--count", "2"])
-    assert "shapes_count" in json.loads(capsys.readouterr().out)
+    evaluate = ["eval", str(tmp_path / "nano" / "linear"), "--tokenizer", str(BUNDLED_DIR), "--count", "2"]
+    main(evaluate)
+    scores = json.loads(capsys.readouterr().out)
+    assert "shapes_count" in scores
+    assert "charts_bar_pie" in scores
+    assert "printed_text" not in scores, "it needs fonts"
+    main([*evaluate, "--fonts", str(font_pack), "--nlvr", str(nlvr_folder)])
+    scores = json.loads(capsys.readouterr().out)
+    assert {"printed_text", "nlvr", "digits"} <= scores.keys()
+    assert scores["printed_text_cer"] > 0

@@ -16,6 +16,7 @@ from distill.data.batches import Batch, Row, Rows, stack
 from distill.data.facts import PhotoFacts
 from distill.data.flags import Flags
 from distill.data.icons import Icons
+from distill.data.named import NAMES, open_named
 from distill.data.photos import Photos
 from distill.data.sample import Sample, Source, Split, rng_for
 from distill.data.shapes import Shapes
@@ -31,16 +32,19 @@ def open_sources(
     *,
     photos: str | Path | None = None,
     icons: str | Path | None = None,
+    fonts: str | Path | None = None,
     text: Sequence[str | Path] = (),
 ) -> list[tuple[Source, float]]:
     """The sources that a recipe names, with their weights, for `Mixture`.
 
     Args:
-        weights: by name: "shapes", "photos", "photo_facts", "icons", "flags", "unknown", or the name of a file of
+        weights: by name: "shapes", "photos", "photo_facts", "icons", "flags", "unknown", one of `distill.data.named`
+            (among them "internvl:META.json" and "webdataset:SHARDS" for data of your own), or the name of a file of
             conversations without endings, such as "gsm8k_train". A weight of 0 leaves a source out. With "unknown",
             "photos" leaves out the classes that are never taught.
         photos: where the photos lie (see `distill.data.photos.Photos`).
         icons: the file with icons and flags (see `distill.data.icons_pack`).
+        fonts: a pack of fonts (see `distill.data.fonts_pack`), for "printed", "charts" and "digits".
         text: folders to look through, in order, for `NAME.jsonl.gz` and `NAME.jsonl`.
     Raises: ValueError for a name that is neither, and as the sources do.
     """
@@ -50,7 +54,13 @@ def open_sources(
         for place in places_needed:
             if name in used and places[place] is None:
                 raise ValueError(f'the weights name "{name}"; say with {place}= where the {place} lie')
-    return [(_open(name, split, photos, icons, text, "unknown" in used), weight) for name, weight in used.items()]
+    sources = []
+    for name, weight in used.items():
+        source = open_named(name, split, fonts=fonts, text=text)
+        if source is None:
+            source = _open(name, split, photos, icons, text, "unknown" in used)
+        sources.append((source, weight))
+    return sources
 
 
 # What the sources that draw on files cannot do without.
@@ -90,7 +100,7 @@ def _open(
                 # Two people's small talk has no beginning that matters; tasks and answers do.
                 return Conversations(path, split, any_start=name == "topical_chat")
     places = ", ".join(map(str, text)) or "no folder given with text="
-    known = ", ".join(f'"{known}"' for known in (Shapes.name, *_NEEDS))
+    known = ", ".join(f'"{known}"' for known in (Shapes.name, *_NEEDS, *NAMES))
     raise ValueError(f'source "{name}" is neither one of {known}, nor a .jsonl or .jsonl.gz file in {places}')
 
 
