@@ -52,10 +52,10 @@ class Clock:
         return line
 
     def save_due(self, step: int) -> bool:
-        """Whether the interval since the last save has passed."""
+        """Whether the minutes since the last save have passed, or the step is one of every `save_steps`."""
         minutes, steps = self.config.save_minutes, self.config.save_steps
         by_time = bool(minutes) and time.perf_counter() - self.last_save >= 60 * minutes
-        return step > self.saved_step and (by_time or (bool(steps) and step - self.saved_step >= steps))
+        return step > self.saved_step and (by_time or (bool(steps) and step % steps == 0))
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step has been written, or could not be: the interval begins anew."""

@@ -36,6 +36,8 @@ class Monitor:
         self.quiet = quiet
         self.rows = config.accumulate * (config.image_batch + config.text_batch)
         self._events = None if quiet or tensorboard is None else _event_writer(tensorboard / name)
+        if not quiet:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
             # In shares of the run, which minutes may bound as well as steps: so the time left is right for both.

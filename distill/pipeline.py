@@ -194,7 +194,6 @@ def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) ->
         )
     images = data.batches("image", name, start=start)
     assert images is not None, "image_batch is above 0"
-    run.log_file.parent.mkdir(parents=True, exist_ok=True)
     return train(
         name,
         stage,
