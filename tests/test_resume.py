@@ -117,7 +117,7 @@ def same(a: Any, b: Any, where: str = "") -> None:
     ("number", "changes"),
     [
         (1, {}),
-        (3, {"accumulate": 2}),
+        (3, {"accumulate": 2, "steps": 4}),
         (0, {"muon": True, "lr_language": 1e-4, "text_batch": 0, "steps": 5}),
         (3, {"activation_checkpointing": True, "round_from": 0.5, "steps": 5, "text_batch": 0}),
     ],
@@ -180,7 +180,7 @@ def work(rank: int, port: int, folder: str) -> None:
     assert processes.agree(0.25 + rank, save=rank == 1, stop=rank == 1) == (0.25, False, True)
     at = Path(folder)
     # Resuming, each process on batches of its own.
-    config = replace(CONFIG, accumulate=2, steps=3, warmup=0.0, save_steps=1)
+    config = replace(CONFIG, accumulate=2, steps=3, warmup=0.0, save_steps=1, text_batch=0)
     plain = run(config, 3, at / "unbroken", processes=processes)
     with pytest.raises(Killed):
         run(config, 3, at / "broken", last=4, end=kill, processes=processes)
@@ -191,7 +191,7 @@ def work(rank: int, port: int, folder: str) -> None:
         run(replace(config, save_steps=0), 3, at / "asked", last=3, end=ask, processes=processes)
     same(run(config, 3, at / "asked", processes=processes), plain)
     # Spread weights give the same to rounding, and the same to the bit when they go on.
-    for number, changes in ((3, {"activation_checkpointing": True}), (1, {}), (0, {"accumulate": 1})):
+    for number, changes in ((3, {"activation_checkpointing": True}), (1, {}), (0, {"accumulate": 1, "steps": 1})):
         config = replace(config, **({"steps": 2} | changes))
         name = f"stage{number}"
         wanted = run(config, number, at / f"{name}-plain", processes=processes)
