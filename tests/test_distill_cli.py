@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import distill.nano
 from distill.__main__ import _parser, cli, main
 from distill.convert import fuse_
+from distill.data.batches import Batch
+from distill.data.mixture import Mixture
 from mmmamba import ModelConfig, load_model
 from mmmamba.checkpoint import BUNDLED_DIR, save_model
 from mmmamba.model import MMMamba
@@ -101,6 +103,13 @@ def common(tmp_path: Path, recipe: Path) -> list[str]:
     ]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def log_of(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
@@ -135,7 +144,7 @@ def test_teacher_student_bundle_and_eval(tmp_path: Path, base: Path, capsys: pyt
     main(["convert", *model_only])
     assert load_model(by_steps).config.kind == "linear", "a seeded student can be loaded"
     for name in ("stage1", "stage2", "stage3"):
-        main([name, *teacher_at, "--out", str(by_steps), *options])
+        main([name, *teacher_at, "--out", str(by_steps), *options, "--eval-count", "0"])
         assert (by_steps / "stages" / f"{name}.safetensors").is_file()
     main(["export", *model_only])
     # ... is the same as all at once, the teacher included, and a second time nothing is left to do.
@@ -191,6 +200,15 @@ def test_what_the_steps_refuse(tmp_path: Path) -> None:
     deeper = tiny_recipe(tmp_path, name="deeper", softmax_layers=[4])
     with pytest.raises(ValueError, match=r"softmax_layers \[4\] do not exist; the teacher has layers 0 to 3"):
         main(["convert", "--recipe", str(deeper), *options[-4:]])
+    silent = tiny_recipe(tmp_path, name="tiny", text_sources={})
+    with pytest.raises(
+        ValueError, match=r"recipe tiny has no text_sources, and stage1 takes text_batch=1 rows of them"
+    ):
+        main(["stage1", *common(tmp_path, silent), *options[-4:]])
+    many = tiny_recipe(tmp_path, name="tiny", max_tiles=12)
+    with pytest.raises(ValueError, match=r"recipe tiny cuts a picture into up to max_tiles=12, and rows hold one tile"):
+        main(["stage1", *common(tmp_path, many), *options[-4:]])
+    tiny_recipe(tmp_path)
     large = tiny_recipe(tmp_path, name="large", shape={"num_layers": 32, "hidden_size": 32})
     with pytest.raises(ValueError, match=r"the teacher does not fit the recipe: it has num_layers=4, not 32; take"):
         main(["run", *common(tmp_path, large), *options[-4:]])
@@ -247,6 +265,35 @@ def test_errors_are_sentences(
     assert capsys.readouterr().err.startswith('distill: no recipe "nothing"; there are ')
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_command_goes_on_with_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, stage={"steps": 3, "save_steps": 1, "accumulate": 2, "warmup": 0.0})
+    options = [*common(tmp_path, recipe), "--eval-count", "0", "--teacher", str(teacher), "--out"]
+    made = Mixture.batch
+    numbers: list[int] = []
+
+    def noted(self: Mixture, number: int) -> Batch:
+        if fatal and number == 5:
+            raise KeyError("killed")
+        numbers.append(number)
+        return made(self, number)
+
+    monkeypatch.setattr(Mixture, "batch", noted)
+    for out, fatal in (("unbroken", False), ("killed", True), ("killed", False)):
+        main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / out)])
+        numbers.clear()
+        if fatal:
+            with pytest.raises(KeyError):
+                main(["stage1", *options, str(tmp_path / out)])
+        else:
+            main(["stage1", *options, str(tmp_path / out)])
+    assert numbers == [4, 4, 5, 5], "batches of the step that was lost, of pictures and of text, and no others"
+    kept = [load_file(tmp_path / out / "stages" / "stage1.safetensors") for out in ("unbroken", "killed")]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert not (tmp_path / "killed" / "stages" / "stage1").exists(), "checkpoints of a finished stage were left"
+
+
 def options_of_ours() -> set[str]:
     commands = next(a for a in _parser()._actions if hasattr(a, "choices") and a.choices)
     assert isinstance(commands.choices, dict)
@@ -267,17 +314,17 @@ def test_launchers_do_not_stumble_over_our_options() -> None:
             assert option in theirs or len(begun) < 2, f"{launcher.prog} cannot tell what {option} means"
 
 
-@pytest.mark.parametrize("launcher", ["accelerate launch --cpu --num_processes 1", "torchrun --nproc-per-node 2"])
-def test_under_a_launcher(launcher: str, tmp_path: Path) -> None:
-    """The commands that docs/distill.md gives, in their smallest form."""
+def test_under_accelerate(tmp_path: Path) -> None:
+    """The command that docs/distill.md gives for large teachers, in its smallest form."""
     teacher = save_tiny_teacher(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, image_sources={"shapes": 1}, stages={"stage1": STAGE | {"steps": 1}})
     main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")])
-    command, *rest = shlex.split(launcher)
-    module = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}[command]
+    launch = "launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no"
+    port = ["--main_process_port", str(free_port())]
     done = subprocess.run(
         [
-            *[sys.executable, "-m", module, *rest, "-m", "distill", "stage1", *common(tmp_path, recipe)],
+            *[sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), *port],
+            *["--dynamo_backend", "no", "-m", "distill", "stage1", *common(tmp_path, recipe)],
             *["--teacher", str(teacher), "--out", str(tmp_path / "out"), "--eval-count", "0"],
         ],
         cwd=ROOT,
@@ -289,4 +336,4 @@ def test_under_a_launcher(launcher: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "stages" / "stage1.safetensors").is_file()
-    assert len(log_of(tmp_path)) == 1
+    assert len(log_of(tmp_path)) == 1, "the second process wrote too"
