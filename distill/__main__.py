@@ -1,107 +1,110 @@
-"""Train nano: `python -m distill teacher|student|eval|bundle --help`.
+"""Make a student from a teacher, step by step or all at once; `python -m distill COMMAND --help` says how.
 
-Several cards train together under a launcher: `torchrun --nproc-per-node 2 -m distill teacher ...`.
+Several processes train together under a launcher: `accelerate launch -m distill run ...`, see docs/distill.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from distill.base import HUB_ID, load_base
-from distill.config import Recipe, StageConfig
-from distill.convert import fuse_, make_student
-from distill.data.batches import Batch, RowKind, Rows
-from distill.data.mixture import Mixture, loader, open_sources
+from distill.base import HUB_ID
+from distill.config import STUDENT_STAGES, Recipe
+from distill.data.batches import Rows
 from distill.data.photos import Photos
-from distill.data.sample import Source
 from distill.distributed import Processes
 from distill.evaluate import accuracy
-from distill.nano import new_teacher
+from distill.faults import Interrupted
+from distill.pipeline import Run, convert, export, run_all, train_stage, train_teacher
 from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
-from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
-from distill.trainer import train
+from distill.streams import accepted, nlvr_folder, places
 from mmmamba.bundle import save_bundle
-from mmmamba.checkpoint import load_model, save_model
-from mmmamba.model import MMMamba
-from mmmamba.tokenizer import Tokenizer, load_tokenizer
+from mmmamba.checkpoint import load_model
+from mmmamba.tokenizer import load_tokenizer
 
-OWN_TEXT = Path(__file__).parent / "data"  # self.jsonl.gz, drawn from the base model by distill.sample_text
-STUDENT_STAGES = ("stage1", "stage2", "stage3")
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; see the module's text."""
+    """Run a command.  Raises: what it raises; `cli` makes sentences of it."""
     args = _parser().parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = True
     if torch.cuda.is_available():
         # What is left to the CPU is small, and the loaders need the cores: 32 threads took 20 times as long as one.
         torch.set_num_threads(1)
     args.processes = Processes.join()
-    {"teacher": run_teacher, "student": run_student, "eval": run_eval, "bundle": run_bundle}[args.command](args)
-    args.processes.leave()
+    try:
+        args.run(args)
+    finally:
+        args.processes.leave()
+
+
+def cli() -> int:
+    """`main`, with errors that a user can mend as one sentence; returns the exit status."""
+    try:
+        main()
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        print(f"distill: {stopped or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        print(f"distill: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    return 0
 
 
 def run_teacher(args: argparse.Namespace) -> None:
     """Train the teacher from the base language model and write it to OUT."""
-    recipe = Recipe.load(args.recipe)
-    model = new_teacher(load_base(args.base), seed=recipe.seed).to(args.device)
-    data = _Data(args, recipe, model)
-    stage = TeacherStage(model, compiled=args.compile)
-    if args.resume:
-        model.load_state_dict(load_model(args.resume, device=args.device).state_dict())
-    _train(args, "teacher", stage, recipe, data, lambda: save_model(model, args.out))
-    if args.processes.is_main:
-        save_model(model.eval().requires_grad_(False), args.out)
-        _report(args, model, "teacher", data)
+    train_teacher(_run(args), args.base, args.out, weights=args.resume)
 
 
-def run_student(args: argparse.Namespace) -> None:
-    """Seed a student from the teacher and train its stages; what each trained is kept in OUT/stages."""
-    recipe = Recipe.load(args.recipe)
-    teacher = load_model(args.teacher, device=args.device)
-    student = make_student(teacher, *recipe.layer_types(teacher.config), seed=recipe.seed)
-    data = _Data(args, recipe, teacher)
-    stages = args.out / "stages"  # beside the checkpoint, not part of it
-    stages.mkdir(parents=True, exist_ok=True)
-    for name in STUDENT_STAGES:
-        kept = stages / f"{name}.safetensors"
-        stage = (
-            LogitsStage(teacher, student, compiled=args.compile)
-            if name == "stage3"
-            else LayerStage(teacher, student, train_vkq=name == "stage2", compiled=args.compile)
-        )
-        if kept.is_file():
-            print(f"{name}: taken from {kept}", flush=True)
-            student.load_state_dict(load_file(kept, device=str(teacher.device)), strict=False)
-            continue
-        if name not in args.stages.split(","):
-            break
-        _train(args, name, stage, recipe, data, lambda: save_file(_mixers(student), stages / "unfinished.safetensors"))
-        if args.processes.is_main:
-            save_file(_mixers(student), kept)
-            _report(args, student, name, data)
-        args.processes.wait()
-    if args.processes.is_main:
-        save_model(fuse_(student).eval(), args.out)
+def run_convert(args: argparse.Namespace) -> None:
+    """Seed a student from its teacher, keep its mixers in OUT/stages and write it to OUT."""
+    run = _run(args)
+    convert(run, args.teacher, args.out)
+    export(run, args.teacher, args.out, stage="convert")
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Train one stage from what the one before it left in OUT/stages."""
+    train_stage(_run(args), args.command, args.teacher, args.out)
+
+
+def run_everything(args: argparse.Namespace) -> None:
+    """Do all that a recipe names, in order, and export the student to OUT; what is finished is skipped."""
+    run = _run(args)
+    teacher = args.teacher
+    if teacher is None:
+        if "teacher" not in run.recipe.stages:
+            raise ValueError(f"recipe {run.recipe.name} trains no teacher; pass one with --teacher")
+        teacher = str(args.out / "teacher")
+        train_teacher(run, args.base, args.out / "teacher")
+    run_all(run, teacher, args.out)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the student of the last finished stage to OUT, in the published layout."""
+    export(_run(args), args.teacher, args.out, stage=args.stage)
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """Print exact-match accuracy on held-out questions."""
     model = load_model(args.model, device=args.device)
     rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
-    photos = Photos(args.photos, "val") if args.photos else None
-    scores = accuracy(model, rows, photos, count=args.count, icons=args.icons, fonts=args.fonts, nlvr=args.nlvr)
-    if args.fonts:
+    where = places(args.data, photos=args.photos)
+    photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
+    named = accepted(accuracy, where.named) | {"nlvr": nlvr_folder(where.text)}
+    scores = accuracy(model, rows, photos, count=args.count, **named)
+    if fonts := where.named.get("fonts"):
         scores["printed_text_cer"] = round(
-            printed_error_rate(model, rows.tokenizer, min(args.count, 200), fonts=args.fonts), 4
+            printed_error_rate(model, rows.tokenizer, min(args.count, 200), fonts=fonts), 4
         )
     print(json.dumps({"model": args.model, "count": args.count} | scores))
 
@@ -116,117 +119,104 @@ def run_bundle(args: argparse.Namespace) -> None:
     print(f"{len(files)} shards, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {args.out}")
 
 
-def _train(
-    args: argparse.Namespace, name: str, stage: Stage, recipe: Recipe, data: _Data, save: Callable[[], None]
-) -> None:
-    config = recipe.stages[name]
-    images, text = data.batches("image", config), data.batches("text", config)
-    assert images is not None, "shapes are always there"
-    train(name, stage, config, images, text, _log(args), graph=args.graph, save=save, processes=args.processes)
-
-
-class _Data:
-    """The sources of a run and the streams of batches made from them."""
-
-    def __init__(self, args: argparse.Namespace, recipe: Recipe, model: MMMamba) -> None:
-        self.recipe = recipe
-        self.workers = args.workers
-        self.processes: Processes = args.processes
-        self.tokenizer: Tokenizer = load_tokenizer(args.tokenizer)
-        self.config = model.config
-        self.seqlens: dict[RowKind, int] = {"image": recipe.image_seqlen, "text": recipe.text_seqlen}
-        folders = [*args.text, OWN_TEXT]
-        self.sources: dict[RowKind, list[tuple[Source, float]]] = {
-            "image": open_sources(
-                recipe.image_sources, photos=args.photos, icons=args.icons, fonts=args.fonts, text=folders
-            ),
-            "text": open_sources(recipe.text_sources, text=folders),
-        }
-        self.val_photos = Photos(args.photos, "val") if args.photos else None
-
-    def rows(self, kind: RowKind) -> Rows:
-        return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind])
-
-    def batches(self, kind: RowKind, config: StageConfig) -> Iterator[Batch] | None:
-        """An endless stream; another seed a stage, since a stage need not see again what the last one saw."""
-        size = config.image_batch if kind == "image" else config.text_batch
-        if not self.sources[kind] or not size:
-            return None
-        seed = self.recipe.seed * 10 + list(self.recipe.stages.values()).index(config)
-        mixture = Mixture(
-            self.sources[kind],
-            self.rows(kind),
-            batch_size=size,
-            seed=seed,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
-        workers = self.workers if kind == "image" else min(1, self.workers)
-        return iter(loader(mixture, num_workers=workers, prefetch=4))
-
-
-def _mixers(student: MMMamba) -> dict[str, torch.Tensor]:
-    return {n: t.detach().clone() for n, t in student.state_dict().items() if ".mixer." in n and "out_proj" not in n}
-
-
-def _report(args: argparse.Namespace, model: MMMamba, name: str, data: _Data) -> None:
-    nlvr = next((folder for folder in args.text if (folder / "nlvr_hidden.jsonl.gz").is_file()), None)
-    scores = accuracy(
-        model,
-        data.rows("image"),
-        data.val_photos,
-        count=args.eval_count,
-        icons=args.icons,
-        fonts=args.fonts,
-        nlvr=nlvr,
+def _run(args: argparse.Namespace) -> Run:
+    trains = hasattr(args, "log_file")
+    return Run(
+        recipe=Recipe.load(args.recipe),
+        device=torch.device(args.device if trains else "cpu"),
+        tokenizer=args.tokenizer if trains else Path(),
+        places=places(args.data, photos=args.photos, text=args.text) if trains else places([]),
+        log_file=args.log_file if trains else Path(),
+        processes=args.processes,
+        workers=args.workers if trains else 0,
+        eval_count=args.eval_count if trains else 0,
+        compiled=trains and args.compile,
+        graph=trains and args.graph,
+        shard=trains and args.shard,
+        tensorboard=args.tensorboard if trains else None,
     )
-    line = json.dumps({"stage": name, "eval_count": args.eval_count, "exact_match": scores})
-    print(line, flush=True)
-    with _log(args).open("a", encoding="utf-8") as log:
-        log.write(line + "\n")
-
-
-def _log(args: argparse.Namespace) -> Path:
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    return args.log
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Names of options must not begin one of the launchers' own, or several of theirs: they look at ours too."""
     parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Any) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], help: str | None = None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help or run.__doc__, description=help or run.__doc__)
+        sub.set_defaults(run=run)
+        return sub
 
-    shared = {"teacher": command("teacher", run_teacher), "student": command("student", run_student)}
-    shared |= {"eval": command("eval", run_eval)}
-    for sub in shared.values():
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        sub.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
-        sub.add_argument("--photos", type=Path, help="folder or tar of photo shards")
-        sub.add_argument("--icons", type=Path, help="file of icons and flags, made by distill.data.icons_pack")
-        sub.add_argument("--fonts", type=Path, help="pack of fonts, made by distill.data.fonts_pack")
-    for sub in (shared["teacher"], shared["student"]):
-        sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
-        sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
-        sub.add_argument("--out", type=Path, required=True)
-        sub.add_argument("--log", type=Path, default=Path("runs/distill.jsonl"))
-        sub.add_argument("--workers", type=int, default=8, help="processes that make image batches for one card")
-        sub.add_argument("--eval-count", type=int, default=200, help="held-out questions a task after each stage")
-        sub.add_argument("--no-compile", dest="compile", action="store_false")
-        sub.add_argument("--graph", action="store_true", help="capture a step as a CUDA graph")
-    shared["teacher"].add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
-    shared["teacher"].add_argument("--resume", help="directory of a teacher to go on from")
-    shared["student"].add_argument("--teacher", required=True)
-    shared["student"].add_argument("--stages", default=",".join(STUDENT_STAGES), help="stages to run now")
-    shared["eval"].add_argument("model")
-    shared["eval"].add_argument("--count", type=int, default=200)
-    shared["eval"].add_argument("--nlvr", type=Path, help="folder with nlvr_hidden.jsonl.gz and the other two")
+    teacher = _training(_data(_student(command("teacher", run_teacher), teacher=False)))
+    _base(teacher).add_argument("--resume", metavar="DIR", help="start from the weights of this teacher")
+    _student(command("convert", run_convert))
+    what = {
+        "stage1": "what is new in a mixer, each layer against its attention",
+        "stage2": "the same with V, K and Q",
+        "stage3": "all mixers end to end, against the teacher's answers",
+    }
+    for name in STUDENT_STAGES:
+        _training(_data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it."))))
+    everything = _training(_data(_student(command("run", run_everything), needed=False)))
+    _base(everything)
+    _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
+    evaluate = _data(command("eval", run_eval))
+    evaluate.add_argument("model")
+    evaluate.add_argument("--count", type=int, default=200)
     bundle = command("bundle", run_bundle)
     bundle.add_argument("out", type=Path)
     bundle.add_argument("models", nargs="+", metavar="NAME=DIR")
     return parser
 
 
+def _student(sub: argparse.ArgumentParser, *, teacher: bool = True, needed: bool = True) -> argparse.ArgumentParser:
+    sub.add_argument("--recipe", default="nano-linear", help="name in distill/recipes, or a YAML file")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the result and of what leads to it")
+    if teacher:
+        about = "directory, hub id or bundled name" + ("" if needed else "; the recipe's own is trained without it")
+        sub.add_argument("--teacher", required=needed, help=about)
+    return sub
+
+
+def _base(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("--base", default=HUB_ID, help="language model of a new teacher: hub id, directory or .gguf file")
+    return sub
+
+
+def _data(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sub.add_argument("--tokenizer", type=Path, required=True, help="directory with the tokenizer of the teacher")
+    sub.add_argument("--photos", type=Path, help="folder or tar of photo shards; short for --data photos=")
+    sub.add_argument("--text", type=Path, nargs="*", default=[], help="folders with the recipe's conversations")
+    sub.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="where something lies, or what to take for a source that the recipe names; may be repeated",
+    )
+    return sub
+
+
+def _training(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument(
+        "--log-file", type=Path, default=Path("runs/distill.jsonl"), help="gets a JSON line every 25 steps"
+    )
+    sub.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves for TensorBoard there")
+    sub.add_argument("--workers", type=int, default=8, help="processes that make image batches for one card")
+    sub.add_argument("--eval-count", type=int, default=200, help="held-out questions a task after each stage; 0: none")
+    sub.add_argument("--no-compile", dest="compile", action="store_false")
+    sub.add_argument("--graph", action="store_true", help="capture a step as a CUDA graph")
+    sub.add_argument(
+        "--shard",
+        action="store_true",
+        default=os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        help="spread weights and optimizer over the processes (FSDP), uncompiled; `accelerate launch --use_fsdp` too",
+    )
+    return sub
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(cli())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ import yaml
 from mmmamba.config import LayerType, ModelConfig
 
 STAGES = ("teacher", "stage1", "stage2", "stage3")
+STUDENT_STAGES = STAGES[1:]
 RECIPES_DIR = Path(__file__).parent / "recipes"
+_SCHEDULE_STEPS = ("warmup_steps", "stable_steps", "decay_steps")
+# What may change while a stage is under way: it says how a step is computed and kept, not what comes out.
+_NO_RESULT = ("save_minutes", "save_steps", "activation_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +31,51 @@ class StageConfig:
     max_minutes: float = 0.0
     warmup: float = 0.04
     decay: float = 0.25
+    warmup_steps: int | None = None  # the three together, in place of the shares `warmup` and `decay`
+    stable_steps: int | None = None
+    decay_steps: int | None = None
     weight_decay: float = 0.05
     muon: bool = False  # for the matrices at rate `lr`; everything else, and all without it, by AdamW
+    accumulate: int = 1  # batches whose gradients are averaged for a step
     clip: float = 1.0
     text_weight: float = 1.0
-    save_minutes: float = 0.0  # write what there is so far as often (0: only at the end)
+    save_minutes: float = 0.0  # keep a checkpoint as often, or every `save_steps` (both 0: only when interrupted)
+    save_steps: int = 0
+    activation_checkpointing: bool = (
+        False  # compute a block's activations again in the backward pass (stage 3, teacher)
+    )
     image_answer_tokens: int | None = None  # slots a row for learned tokens; None: as many as there are, no graph then
     text_answer_tokens: int | None = None
     round_from: float = 1.0  # progress from which weights are trained as they will be stored (1: never)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "image_batch"):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str):
+                raise ValueError(f'{f.name}="{value}" is text; write a number, with a point: 1.0e-3, not 1e-3')
+            if value is None and "None" not in str(f.type):
+                raise ValueError(f"{f.name} is empty; give it a value or leave it out")
+        for name in ("steps", "lr", "image_batch", "accumulate", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing; use a value above 0")
-        if self.text_batch < 0:
-            raise ValueError(f"text_batch={self.text_batch} is below 0")
+        for name in ("text_batch", "max_minutes", "save_minutes", "save_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is below 0")
+        self._take_schedule_steps()
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must be shares of the run that fit into 1")
+
+    def _take_schedule_steps(self) -> None:
+        given = {name: getattr(self, name) for name in _SCHEDULE_STEPS}
+        if all(value is None for value in given.values()):
+            return
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        if any(value is None or value < 0 for value in given.values()):
+            raise ValueError(f"{listed}; give all three, none below 0, or none of them")
+        if sum(given.values()) != self.steps:
+            raise ValueError(f"{listed} add up to {sum(given.values())}, not to steps={self.steps}; make them equal")
+        object.__setattr__(self, "warmup", given["warmup_steps"] / self.steps)
+        object.__setattr__(self, "decay", given["decay_steps"] / self.steps)
 
     def lr_factor(self, progress: float) -> float:
         """Learning rate over its peak at `progress` 0..1."""
@@ -55,14 +87,39 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The teacher that a recipe is made for; what is None may be anything."""
+
+    num_layers: int | None = None  # of both stacks together
+    hidden_size: int | None = None
+    tile_px: int | None = None
+
+    def check(self, teacher: ModelConfig) -> None:
+        """Raises: ValueError if the teacher is of another shape, naming each difference."""
+        found = {
+            "num_layers": sum(stack.num_hidden_layers for stack in teacher.stacks),
+            "hidden_size": teacher.language.hidden_size,
+            "tile_px": teacher.image_size,
+        }
+        wanted = {name: value for name, value in asdict(self).items() if value is not None}
+        if wrong := [f"{name}={found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]:
+            raise ValueError(
+                f"the teacher does not fit the recipe: it has {', '.join(wrong)}; take the recipe for this teacher, or "
+                "copy one from distill/recipes and change its shape"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A model, its data and its stages."""
 
     name: str
     stages: dict[str, StageConfig]
+    shape: Shape = field(default_factory=Shape)
     softmax_layers: tuple[int, ...] = ()  # counted over both stacks, embedding first; the rest become mixers
     image_seqlen: int = 128
     text_seqlen: int = 256
+    max_tiles: int = 1  # tiles a picture may be cut into
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -76,31 +133,80 @@ class Recipe:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in RECIPES_DIR.glob("*.yaml")))
             raise ValueError(f'no recipe "{name_or_path}"; there are {known}, or pass a YAML file')
-        raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}); mend it") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{path} holds no fields; start from a file in distill/recipes")
-        stages = raw.pop("stages", {})
+        stages = raw.pop("stages", None) or {}
         _check_keys(raw, {f.name for f in fields(cls)} - {"name", "stages"}, path)
         if not stages or (unknown := sorted(set(stages) - set(STAGES))):
             raise ValueError(f"{path}: stages are {unknown if stages else 'missing'}; use {', '.join(STAGES)}")
-        needed = {f.name for f in fields(StageConfig) if f.default is MISSING}
-        for name, stage in stages.items():
-            if absent := sorted(needed - (stage or {}).keys()):
-                raise ValueError(f"{path}: {name} misses {', '.join(absent)}")
-            _check_keys(stage, {f.name for f in fields(StageConfig)}, path)
-        raw["softmax_layers"] = tuple(raw.get("softmax_layers", ()))
-        return cls(name=path.stem, stages={k: StageConfig(**v) for k, v in stages.items()}, **raw)
+        shape = raw.pop("shape", None) or {}
+        _check_keys(shape, {f.name for f in fields(Shape)}, path)
+        raw["softmax_layers"] = tuple(raw.get("softmax_layers") or ())
+        try:
+            # In the order in which they run, however the file lists them.
+            loaded = {name: _stage(stages[name], name, path) for name in STAGES if name in stages}
+            recipe = cls(name=path.stem, stages=loaded, shape=Shape(**shape), **raw)
+            recipe.check()
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        return recipe
+
+    def check(self) -> None:
+        """Raises: ValueError for layers that are no layers, or rows and tiles below 1."""
+        strange = [i for i in self.softmax_layers if not isinstance(i, int) or i < 0]
+        if strange or len(set(self.softmax_layers)) < len(self.softmax_layers):
+            raise ValueError(f"softmax_layers {list(self.softmax_layers)}; list numbers from 0 on, each once")
+        for name in ("image_seqlen", "text_seqlen", "max_tiles"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number above 0")
+        if self.shape.num_layers is not None:
+            self._check_layers(self.shape.num_layers)
 
     def layer_types(self, teacher: ModelConfig) -> tuple[tuple[LayerType, ...], tuple[LayerType, ...]]:
-        """Layer types of the student's two stacks.  Raises: ValueError if a layer does not exist or none is left."""
+        """Layer types of the student's two stacks.
+
+        Raises: ValueError if the teacher is of another shape, a layer does not exist or none is left.
+        """
+        if teacher.kind != "teacher":
+            raise ValueError(f"the model is a {teacher.kind} student; pass its teacher, softmax attention everywhere")
+        self.shape.check(teacher)
         depths = [stack.num_hidden_layers for stack in teacher.stacks]
         total = sum(depths)
+        self._check_layers(total)
+        types: list[LayerType] = ["mha" if i in self.softmax_layers else "mamba2" for i in range(total)]
+        return tuple(types[: depths[0]]), tuple(types[depths[0] :])
+
+    def _check_layers(self, total: int) -> None:
         if wrong := [i for i in self.softmax_layers if not 0 <= i < total]:
             raise ValueError(f"softmax_layers {wrong} do not exist; the teacher has layers 0 to {total - 1}")
-        types: list[LayerType] = ["mha" if i in self.softmax_layers else "mamba2" for i in range(total)]
-        if "mamba2" not in types:
+        if len(set(self.softmax_layers)) == total:
             raise ValueError("softmax_layers names every layer, so nothing would train; leave some out")
-        return tuple(types[: depths[0]]), tuple(types[depths[0] :])
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """All that decides what a stage computes, in plain values: what a checkpoint of it is compared by."""
+        own = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "shape", "softmax_layers")
+        }
+        config = {name: value for name, value in asdict(self.stages[stage]).items() if name not in _NO_RESULT}
+        return own | {"softmax_layers": list(self.softmax_layers)} | config
+
+
+def _stage(raw: dict[str, Any] | None, name: str, path: Path) -> StageConfig:
+    needed = {f.name for f in fields(StageConfig) if f.default is MISSING}
+    if absent := sorted(needed - (raw or {}).keys()):
+        raise ValueError(f"{path}: {name} misses {', '.join(absent)}")
+    assert raw is not None
+    _check_keys(raw, {f.name for f in fields(StageConfig)}, path)
+    if twice := sorted({"warmup", "decay"} & raw.keys()) if set(_SCHEDULE_STEPS) & raw.keys() else []:
+        raise ValueError(f"{path}: {name} gives {', '.join(twice)} as a share and in steps; keep one")
+    try:
+        return StageConfig(**raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from error
 
 
 def _check_keys(raw: dict[str, Any], known: set[str], path: Path) -> None:

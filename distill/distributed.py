@@ -1,6 +1,8 @@
 """Several processes that train one model on different batches: gradients are averaged, everything else is equal in all.
 
-`torchrun --nproc-per-node 2 -m distill ...` (or `accelerate launch`) starts them; without it there is one process.
+`accelerate launch` or `torchrun` starts them, on one host or many, and names the others in the environment; without it
+there is one process. One averaging of one tensor a step, instead of a wrapper around the model, leaves the step whole,
+so that it can be captured as a CUDA graph. Models too large for that: `distill.sharding`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,23 @@ class Processes:
     def is_main(self) -> bool:
         """True for the one that prints and writes."""
         return self.rank == 0
+
+    def agree(self, progress: float, *, save: bool, stop: bool) -> tuple[float, bool, bool]:
+        """The same in all: the main process's progress, whether it is due to save, whether any was asked to stop."""
+        if self.world_size == 1:
+            return progress, save, stop
+        own = [progress, float(save)] if self.is_main else [-1.0, 0.0]
+        shared = torch.tensor([*own, float(stop)], dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return float(shared[0]), bool(shared[1]), bool(shared[2])
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process passes, in order of rank, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        out = [None] * self.world_size
+        dist.all_gather_object(out, value)
+        return out
 
     def first(self, value: float) -> float:
         """The main process's value, in all of them."""
@@ -79,6 +99,10 @@ class FlatGradients:
 
     def zero_(self) -> None:
         self.flat.zero_()
+
+    def average_(self, processes: Processes) -> None:
+        """The mean over the processes."""
+        processes.average_(self.flat)
 
     def clip_(self, limit: float) -> Tensor:
         """Scale to a norm of at most `limit`; returns the norm before that, on the device."""

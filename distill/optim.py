@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from distill.config import StageConfig
+from distill.sharding import is_sharded
+from distill.stages import Stage, no_weight_decay
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -63,3 +67,39 @@ class Muon(torch.optim.Optimizer):
                 update *= _RMS_OF_ADAMW * max(shape) ** 0.5
                 torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(members, list(update.to(members[0].dtype)), alpha=-group["lr"])
+
+
+def stage_optimizers(
+    stage: Stage, parameters: dict[str, nn.Parameter], config: StageConfig
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over all parameters, in groups by learning rate and weight decay.
+
+    Raises: ValueError for Muon on spread matrices, which it needs whole.
+    """
+    adamw: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    muon: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        rate, plain = stage.learning_rate(name), no_weight_decay(name)
+        if config.muon and rate == "lr" and parameter.ndim == 2 and not plain:
+            muon.append(parameter)
+        else:
+            adamw.setdefault((rate, plain, is_sharded([parameter])), []).append(parameter)
+    if is_sharded(muon):
+        raise ValueError(
+            "muon: true needs whole matrices, and --shard spreads them; set muon: false or leave --shard out"
+        )
+    groups: list[dict[str, Any]] = [
+        {
+            "params": params,
+            "lr": getattr(config, rate) or config.lr,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+        }
+        for (rate, plain, _), params in adamw.items()
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        cuda = groups[0]["params"][0].is_cuda
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=cuda))
+    if muon:
+        optimizers.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
+    return optimizers

@@ -27,6 +27,10 @@ from mmmamba.model import Block, MMMamba
 
 # Longer than any training row: one chunk, whose masked products compile into few kernels.
 TRAINING_CHUNK = 512
+NEW_IN_MIXERS = frozenset(
+    f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
+)
+VKQ = "mixer.in_proj.vkq"
 _NO_DECAY = ("A_log", "dt_bias", ".bias", "norm.weight", "position_embedding", "class_embedding")
 
 
@@ -34,6 +38,7 @@ class Stage(ABC):
     """What trains, and the forward and backward pass of a step."""
 
     model: MMMamba  # the network that the step runs
+    trains: frozenset[str] | None = None  # kinds of parameters that train, and no others; None: undeclared
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -49,6 +54,14 @@ class Stage(ABC):
     def learning_rate(self, name: str) -> str:
         """The field of StageConfig that holds a parameter's peak rate."""
         return "lr"
+
+    def kind(self, name: str) -> str:
+        """The group of a parameter, as `trains` names it: its place in a layer, whatever the layer."""
+        return "mixer." + name.rpartition(".mixer.")[2] if ".mixer." in name else name
+
+    def networks(self) -> list[nn.Module]:
+        """Everything with weights that a step runs; some may share them."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
     def autocast(self) -> torch.autocast:
         # No cache of cast weights: it would hold on to tensors of a captured graph.
@@ -74,6 +87,10 @@ class TeacherStage(Stage):
     The base that text is held to is the language model as it comes in, without the embedding stack (the identity then).
     """
 
+    trains = frozenset(
+        f"embedding.{part}" for part in ("text", "special", "stem", "layers", "shuffle_proj")
+    ) | frozenset(f"language.{part}" for part in ("layers", "norm", "output"))
+
     def __init__(self, model: MMMamba, *, compiled: bool) -> None:
         self.model = model.train().requires_grad_(True)
         model.embedding.stem.class_embedding.requires_grad_(False)
@@ -88,6 +105,9 @@ class TeacherStage(Stage):
 
     def learning_rate(self, name: str) -> str:
         return "lr_language" if name.startswith("language.") or name == "embedding.text.weight" else "lr"
+
+    def kind(self, name: str) -> str:
+        return ".".join(name.split(".")[:2])
 
     def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
@@ -144,6 +164,7 @@ class LayerStage(Stage):
     def __init__(self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
+        self.trains = NEW_IN_MIXERS | ({VKQ} if train_vkq else frozenset())
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )
@@ -177,6 +198,8 @@ class LayerStage(Stage):
 
 class LogitsStage(Stage):
     """Stage 3: the student's answers against the teacher's, token by token."""
+
+    trains = NEW_IN_MIXERS | {VKQ}
 
     def __init__(self, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> None:
         self.teacher = teacher.requires_grad_(False)

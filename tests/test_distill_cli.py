@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import distill.nano
-from distill.__main__ import main
+from distill.__main__ import _parser, cli, main
+from distill.convert import fuse_
+from distill.data.batches import Batch
+from distill.data.mixture import Mixture
 from mmmamba import ModelConfig, load_model
-from mmmamba.checkpoint import BUNDLED_DIR
+from mmmamba.checkpoint import BUNDLED_DIR, save_model
+from mmmamba.model import MMMamba
 
+ROOT = Path(__file__).parent.parent
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 STAGE = {
     "steps": 2,
@@ -25,6 +38,7 @@ STAGE = {
     "image_answer_tokens": 20,
     "text_answer_tokens": 120,
 }
+COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "teacher", "bundle")
 
 
 def tiny_config() -> ModelConfig:
@@ -48,86 +62,288 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def test_teacher_student_bundle_and_eval(
-    tmp_path: Path,
-    base: Path,
-    font_pack: Path,
-    nlvr_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture(autouse=True)
+def exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `distill.export` is not part of the tree, something that does as it should."""
+
+    def export_student(student: MMMamba, out: Path) -> Path:
+        save_model(fuse_(student), out)
+        return out
+
+    if importlib.util.find_spec("distill.export") is None:
+        monkeypatch.setitem(sys.modules, "distill.export", SimpleNamespace(export_student=export_student))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     monkeypatch.setattr("distill.nano.nano_config", lambda: config)
-    stages = {name: STAGE | {"round_from": 0.5} for name in ("teacher", "stage1", "stage2", "stage3")}
     # What trains here is too narrow for nano's groups of 64 and 96, except in the embedding's table.
     monkeypatch.setattr("distill.rounding.storage_spec", lambda name, tensor: None)
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "image_seqlen": 160,
-                "text_seqlen": 128,
-                "image_sources": dict.fromkeys(("shapes", "printed", "charts", "digits", "nlvr"), 1),
-                "text_sources": {"self": 1},
-                "stages": stages,
-            }
-        )
-    )
-    common = ["--recipe", str(recipe), "--tokenizer", str(BUNDLED_DIR), "--log", str(tmp_path / "log.jsonl")]
-    common += ["--workers", "0", "--eval-count", "2", "--no-compile", "--device", "cpu"]
-    common += ["--fonts", str(font_pack), "--text", str(nlvr_folder)]
+    monkeypatch.setattr("distill.__main__.storage_spec", lambda name, tensor: None)
 
-    main(["teacher", "--base", str(base), "--out", str(tmp_path / "teacher"), *common])
+
+def tiny_recipe(tmp_path: Path, *, name: str = "tiny", stage: dict[str, Any] | None = None, **changes: Any) -> Path:
+    names = ("teacher", "stage1", "stage2", "stage3")
+    raw = {
+        "image_seqlen": 96,
+        "text_seqlen": 128,
+        "text_sources": {"self": 1},
+        "stages": {name: STAGE | (stage or {}) for name in names},
+    }
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def common(tmp_path: Path, recipe: Path) -> list[str]:
+    return [
+        *["--recipe", str(recipe), "--tokenizer", str(BUNDLED_DIR), "--log-file", str(tmp_path / "log.jsonl")],
+        *["--workers", "0", "--eval-count", "2", "--no-compile", "--device", "cpu"],
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def log_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+
+def save_tiny_teacher(path: Path, config: ModelConfig | None = None) -> Path:
+    """A teacher nobody trained, with the bundled tokenizer's ids."""
+    torch.manual_seed(0)
+    model = MMMamba(config or tiny_config())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_model(model, path)
+    return path
+
+
+@pytest.mark.usefixtures("tiny")
+def test_teacher_student_bundle_and_eval(
+    tmp_path: Path, base: Path, font_pack: Path, nlvr_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = dict.fromkeys(("shapes", "printed", "charts", "digits", "nlvr"), 1)
+    recipe = tiny_recipe(tmp_path, stage={"round_from": 0.5}, image_seqlen=160, image_sources=sources)
+    options = [*common(tmp_path, recipe), "--data", f"fonts={font_pack}", "--data", f"text={nlvr_folder}"]
+
+    main(["teacher", "--base", str(base), "--out", str(tmp_path / "teacher"), *options])
     teacher = load_model(tmp_path / "teacher")
     assert teacher.config.kind == "teacher"
-
-    main(
-        [
-            "teacher",
-            "--base",
-            str(base),
-            "--resume",
-            str(tmp_path / "teacher"),
-            "--out",
-            str(tmp_path / "more"),
-            *common,
-        ]
-    )
-    first, resumed = (
-        line["image_ce"]
-        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-        if line.get("step")
-    )
+    again = ["teacher", "--base", str(base), "--resume", str(tmp_path / "teacher")]
+    main([*again, "--out", str(tmp_path / "more"), *options])
+    first, resumed = (line["image_ce"] for line in log_of(tmp_path) if line.get("step"))
     assert resumed < first, "the same first batch, from the trained weights"
 
-    student = ["student", "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "linear"), *common]
-    main([*student, "--stages", "stage1,stage2"])
-    assert not (tmp_path / "linear" / "stages" / "stage3.safetensors").exists()
-    main(student)
-    assert "stage2: taken from" in capsys.readouterr().out
-    linear = load_model(tmp_path / "linear")
+    # Step by step ...
+    by_steps, teacher_at = tmp_path / "steps", ["--teacher", str(tmp_path / "teacher")]
+    model_only = ["--recipe", str(recipe), *teacher_at, "--out", str(by_steps)]
+    main(["convert", *model_only])
+    assert load_model(by_steps).config.kind == "linear", "a seeded student can be loaded"
+    for name in ("stage1", "stage2", "stage3"):
+        main([name, *teacher_at, "--out", str(by_steps), *options, "--eval-count", "0"])
+        assert (by_steps / "stages" / f"{name}.safetensors").is_file()
+    main(["export", *model_only])
+    # ... is the same as all at once, the teacher included, and a second time nothing is left to do.
+    at_once = tmp_path / "linear"
+    capsys.readouterr()
+    main(["run", "--base", str(base), "--out", str(at_once), *options])
+    assert "taken from" not in capsys.readouterr().out
+    linear = load_model(at_once)
+    stepwise = dict(load_model(by_steps).named_parameters())
+    for name, tensor in linear.named_parameters():
+        assert torch.equal(tensor, stepwise[name]), name
+    trained_at = (at_once / "stages" / "stage1.safetensors").stat().st_mtime_ns
+    main(["run", "--base", str(base), "--out", str(at_once), *options])
+    said = capsys.readouterr().out
+    for name in ("teacher", "convert", "stage1", "stage2", "stage3"):
+        assert f"{name}: taken from" in said
+    assert (at_once / "stages" / "stage1.safetensors").stat().st_mtime_ns == trained_at
+
     assert linear.config.kind == "linear"
     assert torch.equal(linear.embedding.text.weight, teacher.embedding.text.weight)
-
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path)
     assert {line["stage"] for line in log} == {"teacher", "stage1", "stage2", "stage3"}
     assert all(0 <= score <= 1 for line in log for score in line.get("exact_match", {}).values())
 
-    monkeypatch.setattr("distill.__main__.storage_spec", lambda name, tensor: None)
-    main(["bundle", str(tmp_path / "nano"), f"teacher={tmp_path / 'teacher'}", f"linear={tmp_path / 'linear'}"])
+    main(["bundle", str(tmp_path / "nano"), f"teacher={tmp_path / 'teacher'}", f"linear={at_once}"])
     for name, model in (("teacher", teacher), ("linear", linear)):
-        again = load_model(tmp_path / "nano" / name)
+        bundled = load_model(tmp_path / "nano" / name)
         for ours, tensor in model.named_parameters():
-            assert torch.allclose(again.get_parameter(ours), tensor, atol=1e-3), ours
+            assert torch.allclose(bundled.get_parameter(ours), tensor, atol=1e-3), ours
 
     capsys.readouterr()
     evaluate = ["eval", str(tmp_path / "nano" / "linear"), "--tokenizer", str(BUNDLED_DIR), "--count", "2"]
     main(evaluate)
     scores = json.loads(capsys.readouterr().out)
-    assert "shapes_count" in scores
-    assert "charts_bar_pie" in scores
+    assert {"shapes_count", "charts_bar_pie"} <= scores.keys()
     assert "printed_text" not in scores, "it needs fonts"
-    main([*evaluate, "--fonts", str(font_pack), "--nlvr", str(nlvr_folder)])
+    main([*evaluate, "--data", f"fonts={font_pack}", "--data", f"text={nlvr_folder}"])
     scores = json.loads(capsys.readouterr().out)
     assert {"printed_text", "nlvr", "digits"} <= scores.keys()
     assert scores["printed_text_cer"] > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_the_steps_refuse(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path)
+    options = [*common(tmp_path, recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")]
+    with pytest.raises(
+        ValueError, match=r"stage2 starts from what stage1 leaves, and .*stage1.safetensors is not there"
+    ):
+        main(["stage2", *options])
+    with pytest.raises(ValueError, match=r"stages holds no finished stage; run `python -m distill convert`"):
+        main(["export", *options[:2], *options[-4:]])
+    main(["convert", *options[:2], *options[-4:]])
+    hybrid = tiny_recipe(tmp_path, name="other", softmax_layers=[0])
+    with pytest.raises(
+        ValueError, match=r"made by another recipe: recipe is 'other', was 'tiny', softmax_layers is \[0\]"
+    ):
+        main(["stage1", *common(tmp_path, hybrid), *options[-4:]])
+    deeper = tiny_recipe(tmp_path, name="deeper", softmax_layers=[4])
+    with pytest.raises(ValueError, match=r"softmax_layers \[4\] do not exist; the teacher has layers 0 to 3"):
+        main(["convert", "--recipe", str(deeper), *options[-4:]])
+    silent = tiny_recipe(tmp_path, name="tiny", text_sources={})
+    with pytest.raises(
+        ValueError, match=r"recipe tiny has no text_sources, and stage1 takes text_batch=1 rows of them"
+    ):
+        main(["stage1", *common(tmp_path, silent), *options[-4:]])
+    many = tiny_recipe(tmp_path, name="tiny", max_tiles=12)
+    with pytest.raises(ValueError, match=r"recipe tiny cuts a picture into up to max_tiles=12, and rows hold one tile"):
+        main(["stage1", *common(tmp_path, many), *options[-4:]])
+    tiny_recipe(tmp_path)
+    large = tiny_recipe(tmp_path, name="large", shape={"num_layers": 32, "hidden_size": 32})
+    with pytest.raises(ValueError, match=r"the teacher does not fit the recipe: it has num_layers=4, not 32; take"):
+        main(["run", *common(tmp_path, large), *options[-4:]])
+    short = tiny_recipe(tmp_path, name="short", stages={"stage1": STAGE})
+    with pytest.raises(ValueError, match=r"recipe short has no teacher; it has stage1"):
+        main(["teacher", *common(tmp_path, short), *options[-2:]])
+    with pytest.raises(ValueError, match=r"recipe short trains no teacher; pass one with --teacher"):
+        main(["run", *common(tmp_path, short), *options[-2:]])
+    with pytest.raises(ValueError, match="--shard spreads the weights over several processes, and there is one"):
+        main(["stage1", *options, "--shard"])
+    with pytest.raises(ValueError, match=r"the model is a linear student; pass its teacher"):
+        main(["convert", "--recipe", str(recipe), "--teacher", str(tmp_path / "out"), "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_data_by_name(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    own = tmp_path / "my talk.jsonl"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good day."}]
+    own.write_text(
+        "".join(json.dumps({"messages": [turns[0] | {"content": f"{i}?"}, turns[1]]}) + "\n" for i in range(9))
+    )
+    recipe = tiny_recipe(tmp_path, text_sources={"talk": 1})
+    options = [*common(tmp_path, recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")]
+    main(["convert", *options[:2], *options[-4:]])
+    with pytest.raises(ValueError, match='source "talk" is neither'):
+        main(["stage1", *options])
+    with pytest.raises(
+        ValueError, match=r"--data names walk; it takes text, .*photos.*, or a source of recipe tiny: shapes, talk"
+    ):
+        main(["stage1", *options, "--data", f"walk={own}"])
+    with pytest.raises(ValueError, match='--data "photos" is no NAME=PATH'):
+        main(["stage1", *options, "--data", "photos"])
+    main(["stage1", *options, "--data", f"talk={own}"])
+    assert load_file(tmp_path / "out" / "stages" / "stage1.safetensors")
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            main([name, "--help"])
+        assert done.value.code == 0
+        said = capsys.readouterr().out
+        assert f"python -m distill {name}" in said
+
+
+def test_errors_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["distill", "convert", "--recipe", "nothing", "--teacher", "x", "--out", str(tmp_path)]
+    )
+    assert cli() == 1
+    assert capsys.readouterr().err.startswith('distill: no recipe "nothing"; there are ')
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_command_goes_on_with_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, stage={"steps": 3, "save_steps": 1, "accumulate": 2, "warmup": 0.0})
+    options = [*common(tmp_path, recipe), "--eval-count", "0", "--teacher", str(teacher), "--out"]
+    made = Mixture.batch
+    numbers: list[int] = []
+
+    def noted(self: Mixture, number: int) -> Batch:
+        if fatal and number == 5:
+            raise KeyError("killed")
+        numbers.append(number)
+        return made(self, number)
+
+    monkeypatch.setattr(Mixture, "batch", noted)
+    for out, fatal in (("unbroken", False), ("killed", True), ("killed", False)):
+        main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / out)])
+        numbers.clear()
+        if fatal:
+            with pytest.raises(KeyError):
+                main(["stage1", *options, str(tmp_path / out)])
+        else:
+            main(["stage1", *options, str(tmp_path / out)])
+    assert numbers == [4, 4, 5, 5], "batches of the step that was lost, of pictures and of text, and no others"
+    kept = [load_file(tmp_path / out / "stages" / "stage1.safetensors") for out in ("unbroken", "killed")]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert not (tmp_path / "killed" / "stages" / "stage1").exists(), "checkpoints of a finished stage were left"
+
+
+def options_of_ours() -> set[str]:
+    commands = next(a for a in _parser()._actions if hasattr(a, "choices") and a.choices)
+    assert isinstance(commands.choices, dict)
+    return {
+        o for sub in commands.choices.values() for a in sub._actions for o in a.option_strings if o.startswith("--")
+    }
+
+
+def test_launchers_do_not_stumble_over_our_options() -> None:
+    """torchrun and accelerate parse a script's options too, and refuse what may be short for several of theirs."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    for launcher in (get_args_parser(), launch_command_parser()):
+        theirs = {o: a for a in launcher._actions for o in a.option_strings}
+        for option in options_of_ours():
+            begun = {id(a) for o, a in theirs.items() if o.startswith(option)}
+            assert option in theirs or len(begun) < 2, f"{launcher.prog} cannot tell what {option} means"
+
+
+def test_under_accelerate(tmp_path: Path) -> None:
+    """The command that docs/distill.md gives for large teachers, in its smallest form."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, image_sources={"shapes": 1}, stages={"stage1": STAGE | {"steps": 1}})
+    main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")])
+    launch = "launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no"
+    port = ["--main_process_port", str(free_port())]
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), *port],
+            *["--dynamo_backend", "no", "-m", "distill", "stage1", *common(tmp_path, recipe)],
+            *["--teacher", str(teacher), "--out", str(tmp_path / "out"), "--eval-count", "0"],
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "stages" / "stage1.safetensors").is_file()
+    assert len(log_of(tmp_path)) == 1, "the second process wrote too"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.checkpoints import Checkpoint, Checkpoints
 from distill.config import StageConfig
 from distill.data.batches import pixel_values
 from distill.inputs import Inputs, answer_hidden, hidden_states, prepare, weighted_mean
@@ -100,7 +101,7 @@ def test_text_batches_carry_their_weight(tmp_path: Path) -> None:
 def test_minutes_bound_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The larger share, of steps or of minutes, is the progress; what the first step compiles counts."""
     now = [0.0]
-    monkeypatch.setattr("distill.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("distill.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(Slope):
         def compute(self, given: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
@@ -120,19 +121,31 @@ def test_minutes_bound_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_saves_while_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("distill.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("distill.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(Slope):
         def compute(self, given: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
             now[0] += 25.0
             return super().compute(given)
 
-    for minutes, wanted in ((1.0, [3, 6, 9]), (0.0, [])):
+    class Store(Checkpoints):
+        """Notes what it is given."""
+
+        def save(self, checkpoint: Checkpoint) -> Path:
+            saved.append(checkpoint.step)
+            return self.folder
+
+    for settings, wanted in (
+        ({"save_minutes": 1.0}, [3, 6, 9]),
+        ({"save_steps": 4}, [4, 8]),
+        ({"save_minutes": 1.0, "save_steps": 4}, [3, 4, 7, 8]),
+        ({}, []),
+    ):
         stage = Slow(a__weight=(2, 2))
-        config = StageConfig(steps=10, lr=1e-2, image_batch=1, text_batch=0, save_minutes=minutes)
+        config = StageConfig(steps=10, lr=1e-2, image_batch=1, text_batch=0, **settings)
         saved: list[int] = []
-        train("t", stage, config, batches("image"), None, tmp_path / "log", save=lambda: saved.append(len(stage.seen)))  # noqa: B023
-        assert saved == wanted
+        train("t", stage, config, batches("image"), None, tmp_path / "log", store=Store(tmp_path, {}))
+        assert saved == wanted, settings
 
 
 def test_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +156,8 @@ def test_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line["step"] for line in lines] == [1, 25, 50]
     assert all(line["stage"] == "stage9" and line["loss"] == 1.0 and line["ms_per_step"] >= 0 for line in lines)
     assert lines[0]["grad_norm"] == pytest.approx(6**0.5, abs=1e-4)
-    assert "stage9: 6 parameters in 1 tensors" in capsys.readouterr().out
+    assert [line["lr"] for line in lines[1:]] == [1e-2, pytest.approx(1e-2 * (1 - 49 / 60) / 0.25)]
+    assert "stage9: 6 parameters in 1 tensors train, " in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
