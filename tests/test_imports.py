@@ -24,7 +24,7 @@ PACKAGES = {
     "benchmarks": {"mmmamba", "quantize", "distill"},
 }
 # Modules of mmmamba: each may import what stands left of it ...
-CHAIN = (("config",), ("kernels",), ("layers", "state"), ("attention", "mixer"), ("model",), ("generate",))
+CHAIN = (("config", "segments"), ("kernels",), ("layers", "state"), ("attention", "mixer"), ("model",), ("generate",))
 # ... and these, which stand beside the chain, what is named here.
 BESIDE = {
     "image": {"config"},

@@ -1,10 +1,11 @@
-"""State-space kernels behind one signature; `select` is the one place that decides which implementation runs.
+"""Kernels behind one signature each; `select` is the one place that decides which implementation runs.
 
     ssd_scan(x, dt, A, B, C, initial_state)  a chunk of tokens from a carried state
     ssm_step(x, dt, A, B, C, ssm_state)      one token
+    segment_attention(q, k, v, segments)     softmax attention over packed rows, for the layers that keep it
 
-Both compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded from
-attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
+The first two compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded
+from attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
 `num_heads`: head i reads kv head i // (num_heads // num_kv_heads).
 """
 
@@ -20,14 +21,26 @@ from torch import Tensor
 
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.reference import ssd_scan_ref, ssm_step_ref
+from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, load_varlen, product_dtype
 from mmmamba.kernels.upstream import load_upstream_scan
+from mmmamba.segments import Segments
 
+SegmentImpl = Literal["auto", "masked", "varlen"]
 Impl = Literal["auto", "reference", "chunked", "mamba_ssm"]
 ScanFn = Callable[..., tuple[Tensor, Tensor]]
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Impl", "select_scan", "ssd_scan", "ssd_scan_ref", "ssm_step", "ssm_step_ref"]
+__all__ = [
+    "Impl",
+    "segment_attention",
+    "select_scan",
+    "select_segment_attention",
+    "ssd_scan",
+    "ssd_scan_ref",
+    "ssm_step",
+    "ssm_step_ref",
+]
 
 
 @cache
@@ -63,14 +76,50 @@ def ssd_scan(
     C: Tensor,
     initial_state: Tensor | None = None,
     *,
+    segment_ids: Tensor | None = None,
     chunk_size: int = 64,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a chunk of tokens; see `ssd_scan_ref` for shapes."""
     if impl == "auto" and torch.compiler.is_compiling():
         # Tracing through foreign Triton autotuners breaks graphs; the torch form fuses well by itself.
-        return ssd_scan_chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
-    return select_scan(x.device.type, impl)(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+        return ssd_scan_chunked(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+    scan = select_scan(x.device.type, impl)
+    return scan(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, impl: SegmentImpl = "auto") -> Tensor:
+    """Causal softmax attention within the segments of packed rows.
+
+    Args:
+        q: (batch, num_heads, seqlen, head_dim).        k, v: (batch, num_kv_heads, seqlen, head_dim).
+    Returns: (batch, num_heads, seqlen, head_dim).
+    """
+    narrow = product_dtype(q) in VARLEN_DTYPES
+    return select_segment_attention(q.device.type, narrow, impl)(q, k, v, segments)
+
+
+@cache
+def select_segment_attention(device_type: str, narrow: bool, impl: SegmentImpl = "auto") -> Callable[..., Tensor]:
+    """Attention over packed rows for a device, `narrow` for bf16 and fp16; chosen once and logged with the reason.
+
+    Raises: ValueError if `impl` is unknown, or names an implementation that cannot run here.
+    """
+    if impl == "masked":
+        return attend_masked
+    if impl not in ("auto", "varlen"):
+        raise ValueError(f'impl "{impl}" is not known; use "auto", "masked" or "varlen"')
+    if device_type != "cuda" or not narrow:
+        reason = f"device is {device_type}, {'narrow' if narrow else 'wide'} type; flash attention needs cuda and bf16"
+    else:
+        attend, reason = load_varlen()
+        if attend is not None:
+            log.info("attention over packed rows: flash attention of any length")
+            return attend
+    if impl == "varlen":
+        raise ValueError(f'impl "varlen" cannot run: {reason}; use "auto" or "masked"')
+    log.info("attention over packed rows: masked (%s)", reason)
+    return attend_masked
 
 
 def ssm_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, ssm_state: Tensor) -> Tensor:
