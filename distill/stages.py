@@ -21,6 +21,7 @@ from distill.chunked_loss import Loss, chunked_loss
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
 from distill.losses import MSE_SCALE, Objective, layer_mse
+from mmmamba.kernels import select_scan
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import Block, MMMamba
@@ -59,10 +60,16 @@ class Stage(ABC):
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile layer by layer: one small graph a shape serves all layers of a type."""
+    choose_scan(model)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
+
+
+def choose_scan(model: nn.Module) -> None:
+    """Choose the scan that trains now: what a compiled graph calls must be known before it is traced."""
+    select_scan(next(model.parameters()).device.type, training=True)
 
 
 def no_weight_decay(name: str) -> bool:
@@ -162,6 +169,8 @@ class LayerStage(Stage):
     ) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
+        if compiled:
+            choose_scan(student)
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )

@@ -115,7 +115,18 @@ class Mamba2Mixer(nn.Module):
         else:
             initial = None if state is None else state.ssm_state
             ids = None if segments is None else segments.ids
-            y, final = ssd_scan(v, dt, A, k, q, initial, segment_ids=ids, chunk_size=self.chunk_size, impl=self.impl)
+            y, final = ssd_scan(
+                v,
+                dt,
+                A,
+                k,
+                q,
+                initial,
+                segment_ids=ids,
+                chunk_size=self.chunk_size,
+                need_state=state is not None,
+                impl=self.impl,
+            )
             if state is not None:
                 state.ssm_state.copy_(final)
         return self.norm(y, gate).reshape(batch, seqlen, -1)

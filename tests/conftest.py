@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
+# Kernels run in Triton's interpreter where there is no GPU; it must be told before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 

@@ -321,12 +321,23 @@ def test_the_choice_and_its_reason(caplog: pytest.LogCaptureFixture, monkeypatch
     scan, reason = load_upstream_scan()
     assert scan is None
     assert reason in caplog.messages[1]
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "mmmamba.kernels.ssd_op", None)  # as if there were no Triton
+    with caplog.at_level(logging.INFO, logger="mmmamba.kernels"):
+        assert select_scan("cuda", training=True) is ssd_scan_chunked
+        assert select_scan("cpu", training=True) is ssd_scan_chunked
+    assert caplog.messages[0].startswith("chunk scan for training: torch chunked (Triton does not import: ")
+    assert reason in caplog.messages[0], "both reasons are said"
+    with pytest.raises(ValueError, match=r'impl "triton" cannot run: device is cpu, our Triton scan needs cuda'):
+        ssd_scan(*random_inputs(2), impl="triton")
 
     with pytest.raises(ValueError, match=r'impl "mamba_ssm" cannot run: device is cpu.*use "auto" or "chunked"'):
         ssd_scan(*random_inputs(2), impl="mamba_ssm")
     with pytest.raises(ValueError, match="cannot run: mamba-ssm does not import: ModuleNotFoundError"):
         select_scan("cuda", "mamba_ssm")
-    with pytest.raises(ValueError, match='impl "fast" is not known; use "auto", "reference", "chunked" or "mamba_ssm"'):
+    with pytest.raises(
+        ValueError, match='impl "fast" is not known; use "auto", "reference", "chunked", "triton" or "mamba_ssm"'
+    ):
         ssd_scan(*random_inputs(2), impl="fast")  # type: ignore[arg-type]
 
 

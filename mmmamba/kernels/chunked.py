@@ -21,6 +21,7 @@ def ssd_scan_chunked(
     *,
     segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """State-space duality: inside a chunk attention with decay for a mask, between chunks the carried state.
 

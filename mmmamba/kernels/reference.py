@@ -56,6 +56,7 @@ def ssd_scan_ref(
     *,
     segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run the SSD recurrence over a sequence, one token after the other.
 
@@ -67,6 +68,7 @@ def ssd_scan_ref(
         segment_ids: (batch, seqlen), whole numbers that never fall along a row, or None for one segment. The state
             starts anew from zeros where they change; `initial_state` belongs to the segment of the first token.
         chunk_size: unused here; part of the common signature.
+        need_state: False says that the second result will not be read, so it may be left empty; unused here too.
     Returns: y (batch, seqlen, num_heads, head_dim) in the dtype of x, and the state after the last token.
     """
     batch, seqlen, num_heads = dt.shape

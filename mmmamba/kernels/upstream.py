@@ -30,6 +30,7 @@ def _adapt(scan: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         *,
         segment_ids: Tensor | None = None,
         chunk_size: int = 64,
+        need_state: bool = True,
     ) -> tuple[Tensor, Tensor]:
         rep = C.shape[2] // B.shape[2]
         # The kernel wants x per head and equally many groups in B and C; its initial state goes to segment 0.
