@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.config import StageConfig
-from distill.convert import SplitProjection, fuse_
+from distill.convert import fuse_
 from distill.data.batches import Batch, pixel_values
 from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
 from distill.evaluate import exact_matches
@@ -19,48 +18,15 @@ from distill.inputs import prepare
 from distill.losses import MSE_SCALE, Objective, layer_mse, token_kl
 from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage, no_weight_decay, paired_layers
 from distill.trainer import train
+from distill.upstream import load_upstream_student
 from mmmamba.checkpoint import load_model, save_model
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
-from mmmamba.keymap import from_published
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import MMMamba
 from tests.helpers import FOLDERS, GOLDEN, assert_near, golden_cases, golden_expected, golden_model
 from tests.training import batch, batches, copies, piece, run_step, student_of, student_stage, teacher_of
 
 LAYER_CASES = ("image", "text", "two_images")
-
-
-def load_unfused(student: MMMamba, path: Path) -> dict[str, Tensor]:
-    """Put a stage's stored student (q, k, v, g, in_proj apart) into ours; returns what else the file holds."""
-    stored = load_file(path)
-    rest = {}
-    attention = {name for name in stored if ".attention." in name and not name.endswith("_shadow.weight")}
-    for name in stored.keys() - attention:
-        if not name.endswith("_shadow.weight"):
-            rest[name] = stored[name]
-    for prefix in sorted({name.partition(".attention.")[0] for name in attention}):
-        layer = {
-            n.removeprefix(prefix + ".attention."): t for n, t in stored.items() if n.startswith(prefix + ".attention.")
-        }
-        ours = from_published(prefix + ".attention_norm.weight")
-        assert ours is not None
-        mixer = student.get_submodule(ours.removesuffix("_norm.weight"))
-        assert isinstance(mixer, Mamba2Mixer)
-        assert isinstance(mixer.in_proj, SplitProjection)
-        fill = {
-            mixer.in_proj.vkq: torch.cat([layer[f"{p}_proj.weight"] for p in "vkq"]),
-            mixer.in_proj.gate_dt: torch.cat([layer["g_proj.weight"], layer["in_proj.weight"]]),
-            mixer.conv.weight: layer["conv1d.weight"],
-            mixer.conv.bias: layer["conv1d.bias"],
-            mixer.A_log: layer["A_log_bias"],
-            mixer.dt_bias: layer["dt_bias"],
-            mixer.norm.weight: layer["g_norm.weight"],
-        }
-        for parameter, values in fill.items():
-            assert parameter.shape == values.shape
-            parameter.data.copy_(values)
-        rest[f"{ours.removesuffix('_norm.weight')}.out_proj.weight"] = layer["o_proj.weight"]
-    return rest
 
 
 # --- losses against the reference training code ---
@@ -71,13 +37,7 @@ def load_unfused(student: MMMamba, path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("number", [1, 2])
 def test_layer_losses_equal_the_reference(folder: str, case: str, number: int) -> None:
     teacher = teacher_of(folder, torch.float64)
-    student = student_of(teacher, folder)
-    rest = load_unfused(student, GOLDEN / folder / f"stage{number}_student.safetensors")
-    shared = dict(teacher.named_parameters())
-    for name, values in rest.items():
-        ours = from_published(name) or name
-        if ours in shared:
-            assert torch.equal(shared[ours], values.double()), f"{ours} of the fixture is not the teacher's"
+    student = load_upstream_student(teacher, GOLDEN / folder / f"stage{number}_student.safetensors")
     stage = LayerStage(teacher, student, train_vkq=number == 2, compiled=False)
     tensors = golden_cases(folder)[case]
     with torch.no_grad():
@@ -142,8 +102,7 @@ def test_losses_by_hand() -> None:
 def test_layer_gradients_are_those_of_the_stage_loss() -> None:
     """Each layer's backward runs at once; together they are the gradient of 1000 x the mean over layers."""
     teacher = teacher_of("post", torch.float64)
-    student = student_of(teacher, "post")
-    load_unfused(student, GOLDEN / "post" / "stage2_student.safetensors")
+    student = load_upstream_student(teacher, GOLDEN / "post" / "stage2_student.safetensors")
     stage = LayerStage(teacher, student, train_vkq=True, compiled=False)
     tensors = golden_cases("post")["image"]
     for paired in stage.paired:
