@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.batches import Batch, Row
-from distill.data.packing import PackedBatch, PackedBatches, Packer, PackerState, Piece, RowShape, pack
+from distill.data.batches import Batch, Row, RowKind, Rows
+from distill.data.mixture import Mixture, open_sources
+from distill.data.packing import PackedBatch, PackedBatches, Packer, PackerState, Piece, Pieces, RowShape, pack
+from distill.data.sample import Sample
 from distill.inputs import Inputs, prepare
+from distill.nano import nano_config
 from mmmamba.config import ModelConfig
+from mmmamba.tokenizer import load_tokenizer
 from tests.helpers import IMAGE_ID, TILE_TOKENS, golden_config
 from tests.training import batch, piece
 
@@ -158,6 +164,32 @@ def test_pieces_of_padded_rows() -> None:
     assert Piece.of(Row(ids, mask, None)).num_tiles == 0
     with pytest.raises(ValueError, match="a row without anything to learn cannot be packed"):
         Piece.of(Row(ids, np.zeros(12, bool), None))
+
+
+def test_pictures_and_text_of_one_mixture(tmp_path: Path) -> None:
+    """Through the sources and rows that training uses: shapes and conversations side by side."""
+    tokenizer = load_tokenizer(Path(__file__).parent.parent / "checkpoints" / "nano")
+    config = nano_config()
+    lines = [
+        json.dumps({"messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]}) for i in range(40)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    sources = open_sources({"shapes": 1.0, "chat": 1.0}, text=[tmp_path])
+    rows: dict[RowKind, Rows] = {kind: Rows(tokenizer, config, kind) for kind in ("image", "text")}
+    mixture = Mixture(sources, rows["image"], batch_size=1, seed=3)
+    packed_rows = RowShape.of(config, seqlen=512, tiles=4, pad_id=rows["text"].pad_id)
+    packed = Packer(Pieces(mixture.sample, rows), packed_rows).batch()
+    inputs = prepare(packed, config)
+    assert packed.pixels is not None
+    assert packed.pixels.shape == (4, 224, 224, 3)
+    assert inputs.segments is not None
+    assert inputs.segments[0].ids.shape == (1, 512 + 3 * 4 * 64)
+    for number in packed.segment_ids[packed.is_real].unique().tolist():
+        ids = packed.input_ids[0, packed.segment_ids[0] == number].tolist()
+        sample = mixture.sample(number)
+        assert (config.embedding.img_context_token_id in ids) == (sample.image is not None)
+    too_long = Rows(tokenizer, config, "text", seqlen=16)
+    assert Pieces(lambda index, attempt: Sample(None, (("?" * 99, "!"),), "text"), {"text": too_long})(0) is None
 
 
 def test_what_is_learned_stops_at_borders() -> None:

@@ -98,10 +98,23 @@ def varlen_by_loop(
     window_size: tuple[int, int],
 ) -> Tensor:
     """torch's signature (without what only some versions have), played by plain attention."""
+    return varlen_with_a_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=window_size == (-1, 0))
+
+
+def varlen_with_a_flag(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> Tensor:
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    assert query.shape == key.shape == value.shape, "torch 2.11 takes no fewer kv heads"
+    assert query.shape == key.shape == value.shape, "not every version takes fewer kv heads"
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert window_size == (-1, 0), "not causal"
+    assert is_causal
     out = torch.full_like(query, float("nan"))
     edges = cu_seq_q.tolist()
     for start, end in itertools.pairwise(edges):
@@ -112,9 +125,10 @@ def varlen_by_loop(
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_rows_reach_flash_attention_in_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flash", [varlen_by_loop, varlen_with_a_flag])
+def test_rows_reach_flash_attention_in_its_terms(flash: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_loop)
+    monkeypatch.setattr(varlen, "varlen_attn", flash)
     attend = select_segment_attention("cuda", True)
     q, k, v = heads(6)
     want = attention_apart(q, k, v)

@@ -7,7 +7,7 @@ nothing but the samples, and where the stream stands is a few numbers, so a run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from distill.data.batches import Row
+from distill.data.batches import Row, RowKind, Rows
+from distill.data.sample import Sample
 from mmmamba.config import ModelConfig
 
 _MOST_UNFIT = 100
+_ATTEMPTS = 10
 SHORTEST = 8  # tokens a sample has at least, on average over a row: bounds the segments
 
 
@@ -212,6 +214,28 @@ def _check(piece: Piece, shape: RowShape) -> None:
     tokens, needed = int((piece.input_ids == shape.image_token_id).sum()), piece.num_tiles * shape.tokens_per_tile
     if tokens != needed:
         raise ValueError(f"a sample holds {tokens} image tokens, but its {piece.num_tiles} tiles make {needed}")
+
+
+class Pieces:
+    """Numbered samples as pieces, for `Packer`: pictures and text of one mixture in one stream.
+
+    Args:
+        sample: of a `Mixture`, say: (index, attempt) to sample.
+        rows: what makes rows, by kind; their `seqlen` is the longest sample there may be.
+    """
+
+    def __init__(self, sample: Callable[[int, int], Sample], rows: Mapping[RowKind, Rows]) -> None:
+        self.sample = sample
+        self.rows = dict(rows)
+
+    def __call__(self, index: int) -> Piece | None:
+        """The sample, or another draw of it if it is too long; None if none of several fits."""
+        for attempt in range(_ATTEMPTS):
+            sample = self.sample(index, attempt)
+            row = self.rows["text" if sample.image is None else "image"].row(sample)
+            if row is not None:
+                return Piece.of(row)
+        return None
 
 
 class Packer:

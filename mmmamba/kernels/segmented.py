@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,18 @@ def load_varlen() -> tuple[Callable[..., Tensor] | None, str]:
 
 
 def _adapt(flash: Any) -> Callable[..., Tensor]:
+    # Causal is a window without anything to the right, or a flag, as torch's version has it.
+    windowed = "window_size" in inspect.signature(flash).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
+
     def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         batch, num_heads, seqlen, head_dim = q.shape
         rep = num_heads // k.shape[1]
         dtype = product_dtype(q)
         q, k, v = (t.to(dtype).transpose(1, 2).reshape(batch * seqlen, -1, head_dim) for t in (q, k, v))
-        k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))  # torch 2.11 does not take fewer heads
+        k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))  # not every version takes fewer heads
         borders = segments.cu_seqlens
-        y = flash(q, k, v, borders, borders, seqlen, seqlen, window_size=(-1, 0))  # nothing to the right: causal
+        y = flash(q, k, v, borders, borders, seqlen, seqlen, **causal)
         return y.view(batch, seqlen, num_heads, head_dim).transpose(1, 2)
 
     return attend_varlen
