@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     layout: where its tokens lie in the embedding stack.   shape: (batch, seqlen) of the language model.
     pixels: uint8 (num_tiles, side, side, 3), tiles of all samples in order, or None.
     segments: of packed rows, as the embedding stack and the language model count their tokens; None: a sample a row.
+    real: 1 for a sample's token, 0 for padding and blank tiles, float, shaped as the ids of `segments`; None with it.
     answers: (slots,) 1 where the next token is part of an answer; equal to `weights` unless all tokens count.
     positions, targets: (slots,) flat positions whose next token is learned, and those tokens.
     weights: (slots,) 1 for a token, 0 for an empty slot.
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     shape: tuple[int, int]
     pixels: Tensor | None
     segments: tuple[Segments, Segments] | None
+    real: tuple[Tensor, Tensor] | None
     answers: Tensor
     positions: Tensor
     targets: Tensor
@@ -46,6 +48,7 @@ class Inputs(NamedTuple):
         """Every tensor, in a fixed order."""
         pixels = [] if self.pixels is None else [self.pixels]
         borders = [] if self.segments is None else [t for stack in self.segments for t in stack]
+        borders += self.real or ()
         return [*self.layout, *pixels, *borders, self.answers, self.positions, self.targets, self.weights]
 
     def to(self, device: torch.device) -> Inputs:
@@ -78,6 +81,7 @@ class Inputs(NamedTuple):
             shape=self.shape,
             pixels=None if self.pixels is None else change(self.pixels),
             segments=segments,
+            real=None if self.real is None else (change(self.real[0]), change(self.real[1])),
             answers=change(self.answers),
             positions=change(self.positions),
             targets=change(self.targets),
@@ -121,7 +125,7 @@ def prepare(
     embedding = config.embedding
     repeat = embedding.stack_tokens_per_image_token
     layout = token_layout(batch.input_ids, embedding.img_context_token_id, repeat)
-    segments = None
+    segments = real_positions = None
     if packed is not None:
         repeats = torch.where(batch.input_ids == embedding.img_context_token_id, repeat, 1).flatten()
         stack_ids = packed.segment_ids.flatten().repeat_interleave(repeats).view(rows, -1)
@@ -129,7 +133,11 @@ def prepare(
             Segments.of(stack_ids, packed.max_segments),
             Segments.of(packed.segment_ids, packed.max_segments),
         )
-    inputs = Inputs(layout, (rows, seqlen), batch.pixels, segments, answers, positions, targets, weights)
+        is_real = packed.is_real.float()
+        real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
+    inputs = Inputs(
+        layout, (rows, seqlen), batch.pixels, segments, real_positions, answers, positions, targets, weights
+    )
     return inputs.pin_memory() if torch.cuda.is_available() else inputs
 
 

@@ -42,12 +42,17 @@ class Objective:
         return cls(all_tokens=True, reduction="sum")
 
 
-def layer_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def layer_mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error between a mixer's and its attention's per-head outputs, before the output projection.
 
     Both (batch, seqlen, hidden_size). The stage loss is MSE_SCALE times the mean of this over layers.
+
+    Args: weights: (batch, seqlen) of the positions in the mean; None: all the same.
     """
-    return F.mse_loss(student.float(), teacher.float())
+    if weights is None:
+        return F.mse_loss(student.float(), teacher.float())
+    errors = (student.float() - teacher.float()).square().mean(dim=-1)
+    return (errors * weights).sum() / weights.sum().clamp(min=1.0)
 
 
 def token_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

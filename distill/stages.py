@@ -135,11 +135,12 @@ class PairedMixer(nn.Module):
         self.scale = MSE_SCALE / num_layers
         self.weight = 1.0
         self.loss = torch.zeros(())
+        self.real: Tensor | None = None  # of packed rows: the positions that count
         self._attend = torch.compile(attention.mix, dynamic=False) if compiled else attention.mix
         self._error = torch.compile(self._mse, dynamic=False) if compiled else self._mse
 
-    def _mse(self, x: Tensor, target: Tensor, segments: Segments | None) -> Tensor:
-        return layer_mse(self.mixer.mix(x, None, 0, None, segments), target)
+    def _mse(self, x: Tensor, target: Tensor, segments: Segments | None, real: Tensor | None) -> Tensor:
+        return layer_mse(self.mixer.mix(x, None, 0, None, segments), target, real)
 
     def forward(
         self,
@@ -152,7 +153,7 @@ class PairedMixer(nn.Module):
         with torch.no_grad():
             target = self._attend(x, None, seqlen_offset, rope, segments)
         with torch.enable_grad():
-            loss = self._error(x.detach(), target, segments)
+            loss = self._error(x.detach(), target, segments, self.real)
             (self.weight * self.scale * loss).backward()
         self.loss = loss.detach()
         return self.attention.out_proj(target)
@@ -174,7 +175,10 @@ class LayerStage(Stage):
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )
-        self.paired = [m for m in self.model.modules() if isinstance(m, PairedMixer)]
+        stacks = (self.model.embedding, self.model.language)
+        of_stacks = [[m for m in stack.modules() if isinstance(m, PairedMixer)] for stack in stacks]
+        self.paired = [paired for found in of_stacks for paired in found]
+        self.in_language = [False] * len(of_stacks[0]) + [True] * len(of_stacks[1])
         for paired in self.paired:
             mixer: Any = paired.mixer
             _train_mixer(mixer, train_decay)
@@ -191,8 +195,9 @@ class LayerStage(Stage):
     def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
         for weight, inputs in batches:
-            for paired in self.paired:
+            for paired, in_language in zip(self.paired, self.in_language, strict=True):
                 paired.weight = weight
+                paired.real = None if inputs.real is None else inputs.real[in_language]
             with torch.no_grad(), self.autocast():
                 hidden_states(self.model, inputs)
             losses = torch.stack([paired.loss for paired in self.paired])

@@ -218,12 +218,13 @@ def test_inputs_move_whole() -> None:
     assert packed.segments is not None
     moved = packed.to(torch.device("cpu"))
     assert isinstance(moved, Inputs)
-    assert len(moved.tensors()) == len(packed.tensors()) == 5 + 1 + 4 + 2 * 4
+    assert len(moved.tensors()) == len(packed.tensors()) == 5 + 1 + 4 + 2 * 4 + 2
     assert all(torch.equal(a, b) for a, b in zip(moved.tensors(), packed.tensors(), strict=True))
     # As the embedding stack counts: four positions for an image token.
     embedding, language = moved.segments or (None, None)
     assert embedding is not None
     assert language is not None
+    assert [t.shape for t in moved.real or ()] == [embedding.ids.shape, language.ids.shape]
     images = int((packed.layout.stack_ids == IMAGE_ID).sum()) // 4
     assert embedding.ids.shape[1] == language.ids.shape[1] + 3 * images
     with pytest.raises(ValueError, match="keep to one kind of batch"):

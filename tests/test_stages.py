@@ -97,6 +97,8 @@ def test_losses_by_hand() -> None:
     a, b = torch.zeros(2, 3, 4), torch.full((2, 3, 4), 0.5)
     assert float(layer_mse(a, b)) == 0.25
     assert layer_mse(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    b[:, 2] = 9.0
+    assert float(layer_mse(a, b, torch.tensor([[1.0, 1.0, 0.0]]).expand(2, -1))) == 0.25
 
 
 def test_layer_gradients_are_those_of_the_stage_loss() -> None:
@@ -337,7 +339,9 @@ def test_packed_rows_train(number: int) -> None:
 
     tokens = [len(s.input_ids) + 3 * 4 * s.num_tiles for s in samples]  # of the embedding stack
     length = sum(len(s.input_ids) for s in samples)
-    together = step([(1.0, pack([samples], RowShape.of(teacher.config, seqlen=length, pad_id=7), PackerState()))])
+    # Padding and blank tiles count nowhere.
+    shape = RowShape.of(teacher.config, seqlen=length + 12, tiles=4, pad_id=7)
+    together = step([(1.0, pack([samples], shape, PackerState()))])
     weights = [3 / 8, 2 / 8, 3 / 8]
     if number == 1:  # every position of a layer is a target: other shares in the two stacks
         one_by_one = [step([(1.0, alone(sample))]) for sample in samples]
