@@ -91,7 +91,7 @@ def test_gradients_equal_the_cpus(impl: Any) -> None:
 
     wanted = gradients(Inputs(*(t.double() for t in inputs)), "chunked")
     got = gradients(on_gpu(inputs), impl)
-    tolerance = 1e-2 if impl == "mamba_ssm" else TOLERANCE[torch.float32]
+    tolerance = {"mamba_ssm": 1e-2, "triton": 1e-4}.get(impl, TOLERANCE[torch.float32])
     for name, grad, want in zip(Inputs._fields, got, wanted, strict=False):
         assert_near(f"gradient of {name}", grad, want, tolerance)
 
