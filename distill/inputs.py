@@ -154,11 +154,6 @@ def answer_hidden(model: MMMamba, inputs: Inputs) -> Tensor:
     return hidden_states(model, inputs).flatten(0, 1).index_select(0, inputs.positions)
 
 
-def weighted_mean(values: Tensor, inputs: Inputs) -> Tensor:
-    """Mean over the filled slots of (slots,) values."""
-    return (values * mean_weights(inputs.weights)).sum()
-
-
 def mean_weights(weights: Tensor) -> Tensor:
     """(slots,) weights that add up to 1, so that a sum by them is the mean over the filled slots."""
     return weights / weights.sum().clamp(min=1.0)
