@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     progress: Progress | None = None,
+    share: Sequence[MMMamba] = (),
 ) -> MMMamba:
     """Load HoVLE or mmMamba from a directory, a Hugging Face hub id or a bundled name ("nano", "nano-teacher").
 
@@ -60,6 +61,7 @@ def load_model(
         device, dtype: where the weights go and how wide they are; decays and step biases stay in float32 at least.
         revision: branch, tag or commit of a hub id.
         progress: called with (fraction done, what is being read).
+        share: models loaded already; a tensor that equals theirs of the same name is held in memory once.
     Returns: the model in eval mode, frozen; `model.source` is the directory it came from.
     Raises: CheckpointError if nothing is found, tensors are missing, extra or mis-shaped (all listed by name), or only
         pickle files are there; ConfigError if the configuration cannot be run.
@@ -69,7 +71,7 @@ def load_model(
     with ExitStack() as stack:
         files = _TensorFiles(directory, stack)
         _check_tensors(directory, files, model)
-        _fill(model, files, torch.device(device), dtype, progress)
+        _fill(model, files, torch.device(device), dtype, progress, [dict(other.named_parameters()) for other in share])
     model.source = directory
     return model.eval().requires_grad_(False)
 
@@ -310,7 +312,12 @@ def _listing(directory: Path, problems: dict[str, list[str]]) -> str:
 
 
 def _fill(
-    model: MMMamba, files: _TensorFiles, device: torch.device, dtype: torch.dtype, progress: Progress | None
+    model: MMMamba,
+    files: _TensorFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    others: Sequence[dict[str, nn.Parameter]],
 ) -> None:
     names = [name for name in files.names() if name != UNUSED]
     for i, name in enumerate(names):
@@ -320,7 +327,14 @@ def _fill(
         assert ours is not None, "checked before"
         wide = torch.promote_types(dtype, torch.float32) if _WIDE.search(ours) else dtype
         module, _, attribute = ours.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(files.read(name, wide).to(device)))
+        tensor = files.read(name, wide).to(device)
+        # The same object: what is frozen in a student takes memory once, however many models hold it.
+        twin = next((p for other in others if (p := other.get(ours)) is not None and _same(p, tensor)), None)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor) if twin is None else twin)
     model.tie_weights()
     if progress is not None:
         progress(1.0, "done")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

@@ -156,6 +156,38 @@ class DecodeState:
             self.fingerprint, copy(self.embedding), copy(self.language), self.pending.clone(), self.num_image_tokens
         )
 
+    def fork(self) -> DecodeState:
+        """A state to go on from, leaving this one as it is: like `clone`, but keys and values are shared, not copied.
+
+        The fork sees the caches cut to their filled length. That leaves no room in them, so its first new token moves
+        it to memory of its own, while this state may go on writing behind what the fork sees.
+        """
+
+        def cut(layer: LayerState, seqlen: int) -> LayerState:
+            if isinstance(layer, KVState):
+                return KVState(layer.k_cache[:, :, :seqlen], layer.v_cache[:, :, :seqlen])
+            return MambaState(layer.conv_state.clone(), layer.ssm_state.clone())
+
+        embedding, language = (StackState([cut(x, s.seqlen) for x in s.layers], s.seqlen) for s in self.stacks)
+        return DecodeState(self.fingerprint, embedding, language, self.pending.clone(), self.num_image_tokens)
+
+    def share_(self, later: DecodeState) -> None:
+        """Let this state see its keys and values in the caches of `later`, which went on from it; frees its own.
+
+        Snapshots of every turn of a conversation then cost one cache, not one each. Recurrent states stay as they are.
+        """
+        for mine, theirs in zip(self.stacks, later.stacks, strict=True):
+            if theirs.seqlen < mine.seqlen:
+                raise ValueError(f"a state of {theirs.seqlen} positions did not go on from one of {mine.seqlen}")
+            for layer, longer in zip(mine.layers, theirs.layers, strict=True):
+                if isinstance(layer, KVState) and isinstance(longer, KVState):
+                    layer.k_cache, layer.v_cache = (t[:, :, : mine.seqlen] for t in (longer.k_cache, longer.v_cache))
+
+    def storages(self) -> dict[int, int]:
+        """Address -> bytes of the memory held, each piece once: what several states share can be counted once."""
+        pieces = (t.untyped_storage() for t in self.tensors().values())
+        return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}
+
     def to(self, device: torch.device | str) -> DecodeState:
         """The state on another device (shares memory with this one if it is there already)."""
 

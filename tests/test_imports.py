@@ -38,6 +38,7 @@ BESIDE = {
     "info": {"config", "cost"},
     "conversation": {"generate", "image", "model", "prompt", "tokenizer"},
     "place": set(),
+    "memory": set(),
     "cli": {"checkpoint", "conversation", "generate", "image", "info", "place"},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "config", "conversation", "generate", "model", "state"},
