@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,7 @@ PACKED_METADATA = "mmmamba_packed"
 PACKED_PARTS = ("qweight", "scales", "zeros")
 PART_SEPARATOR = "::"
 MAX_SHARD_SIZE = "5GB"
+DIGEST_NUMEL = 20_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Step sizes and decays act through an exponential: two digits of bf16 would not do.
 _WIDE = re.compile(r"\.mixer\.(A_log|dt_bias)$")
@@ -177,6 +179,19 @@ def build_meta(config: ModelConfig) -> MMMamba:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor once (a tied output head is the text embedding)."""
     yield from model.named_parameters(remove_duplicate=True)
+
+
+def weights_digest(model: MMMamba) -> str:
+    """Short hash that tells a model's weights from those of other trainings, the same in float32 and bfloat16.
+
+    Of the small tensors alone (norms, decays, biases): every training moves them, and they are read in milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(model):
+        if tensor.numel() <= DIGEST_NUMEL:
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Stored(NamedTuple):

@@ -188,15 +188,23 @@ class DecodeState:
         pieces = (t.untyped_storage() for t in self.tensors().values())
         return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}
 
-    def to(self, device: torch.device | str) -> DecodeState:
-        """The state on another device (shares memory with this one if it is there already)."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DecodeState:
+        """The state on another device, or for a model in another dtype (recurrent states keep theirs, float32); shares
+        memory with this one where nothing changes."""
+
+        def moved(name: str, t: Tensor) -> Tensor:
+            return t.to(device) if name == "ssm_state" else t.to(device, dtype)
 
         def move(stack: StackState) -> StackState:
-            layers = [type(layer)(**{k: t.to(device) for k, t in layer.tensors().items()}) for layer in stack.layers]
+            layers = [type(layer)(**{k: moved(k, t) for k, t in layer.tensors().items()}) for layer in stack.layers]
             return StackState(layers, stack.seqlen)
 
         return DecodeState(
-            self.fingerprint, move(self.embedding), move(self.language), self.pending.to(device), self.num_image_tokens
+            self.fingerprint,
+            move(self.embedding),
+            move(self.language),
+            moved("pending", self.pending),
+            self.num_image_tokens,
         )
 
     def save(self, path: str | Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -30,8 +32,38 @@ class FakeState:
     def num_text_tokens(self) -> int:
         return len(self.seen)
 
-    def clone(self) -> FakeState:
+    def fork(self) -> FakeState:
         return replace(self)
+
+    def share_(self, later: FakeState) -> None:
+        pass
+
+    def storages(self) -> dict[int, int]:
+        return {id(self): self.nbytes}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps([self.seen, self.num_image_tokens]))
+
+
+class FakeMover:
+    """Moves states between a made-up card (`device` "cuda"), memory and disk; `moved` tells of every move."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.moved: list[str] = []
+
+    def to_memory(self, state: FakeState) -> FakeState:
+        self.moved.append("memory")
+        return replace(state)
+
+    def to_device(self, state: FakeState) -> FakeState:
+        self.moved.append("device")
+        return replace(state)
+
+    def load_state(self, path: Path) -> FakeState:
+        self.moved.append("loaded")
+        seen, num_image_tokens = json.loads(path.read_text())
+        return FakeState(tuple(seen), num_image_tokens)
 
 
 @dataclass(frozen=True)
@@ -50,9 +82,13 @@ class FakeBackend:
     `[slow-read]` (takes a second to read). Every word of an answer takes `word_s` seconds.
     """
 
-    def __init__(self, word_s: float = 0.0) -> None:
+    def __init__(self, word_s: float = 0.0, name: str = "fake") -> None:
         self.word_s = word_s
-        self.info = ModelInfo("fake", "linear", "cpu", "float32", 1, STATE_BYTES)
+        kind = "teacher" if "teacher" in name else "linear"
+        self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}")
+        self.key = f"{name}|cpu|float32"
+        self.mover = FakeMover()
+        self.read_again: list[str] = []
 
     def new_state(self) -> FakeState:
         return FakeState()
@@ -60,9 +96,19 @@ class FakeBackend:
     def tile(self, image: Image.Image, max_tiles: int | None) -> Sequence[Any]:
         return [f"<{image.width}x{image.height}>"] * (max_tiles or 1)
 
-    def encode(self, text: str, image_tiles: Sequence[int], *, first: bool, images_before: int) -> Any:
+    def encode(
+        self, text: str, image_tiles: Sequence[int], *, first: bool, images_before: int, system: str | None = None
+    ) -> Any:
         opener = ["<begin>"] if first else ["<close>"]
-        return [*opener, f"<{images_before} images before>", *text.split()]
+        return [*opener, f"<{images_before} images before>", *([f"<{system}>"] if system else []), *text.split()]
+
+    def encode_reply(self, reply: str) -> Any:
+        return reply.split()
+
+    def read(self, ids: Any, tiles: Sequence[Any], state: FakeState, cancel: threading.Event) -> bool:
+        self.read_again.append(" ".join(ids))
+        _see(state, ids, tiles)
+        return not cancel.is_set()
 
     def stream(
         self, ids: Any, tiles: Sequence[Any], state: FakeState, settings: Settings, cancel: threading.Event
@@ -70,10 +116,7 @@ class FakeBackend:
         text = " ".join(ids[2:])
         if "[slow-read]" in text:
             time.sleep(1.0)
-        for image_tiles in tiles:
-            state.seen += tuple(image_tiles)
-            state.num_image_tokens += TOKENS_PER_TILE * len(image_tiles)
-        state.seen += tuple(ids)
+        _see(state, ids, tiles)
         turn = state.seen.count("<begin>") + state.seen.count("<close>")
         words = f"turn {turn} images {len(tiles)}: {text}".split()
         if "[long]" in text:
@@ -99,6 +142,13 @@ class FakeBackend:
         yield FakeEvent(" ".join(said), len(said), 12.0 if said else None, rate if said else None, reason)
 
 
+def _see(state: FakeState, ids: Any, tiles: Sequence[Any]) -> None:
+    for image_tiles in tiles:
+        state.seen += tuple(image_tiles)
+        state.num_image_tokens += TOKENS_PER_TILE * len(image_tiles)
+    state.seen += tuple(ids)
+
+
 class FakeLoader:
     """A loader that takes `load_s` seconds, counts its calls, and fails the first `failures` of them."""
 
@@ -106,11 +156,15 @@ class FakeLoader:
         self.word_s, self.load_s, self.failures = word_s, load_s, failures
         self.calls = 0
 
-    def __call__(self, model: str, device: str, dtype: str, progress: Progress) -> FakeBackend:
+    def __call__(
+        self, model: str, device: str, dtype: str, progress: Progress, others: Sequence[Any] = ()
+    ) -> FakeBackend:
         self.calls += 1
         for step in range(4):
             progress(step / 4, f"tensor {step + 1} of 4")
             time.sleep(self.load_s / 4)
         if self.calls <= self.failures:
             raise OSError(f"no config.json in {model}")
-        return FakeBackend(self.word_s)
+        if "broken" in model:
+            raise ValueError("its file is cut short")
+        return FakeBackend(self.word_s, Path(model).name)
