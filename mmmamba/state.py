@@ -137,6 +137,18 @@ class DecodeState:
         """Bytes held, caches at their allocated size."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values, what is filled of them: this grows with every token."""
+        named = self.tensors().items()
+        filled = {name: self.stacks[name.startswith("language")].seqlen for name, _ in named}
+        return sum(t[:, :, : filled[name]].nbytes for name, t in named if name.endswith("_cache"))
+
+    @property
+    def recurrent_nbytes(self) -> int:
+        """Bytes of recurrent state: the same at any length."""
+        return sum(t.nbytes for name, t in self.tensors().items() if not name.endswith("_cache"))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name."""
         named = {"pending": self.pending}
