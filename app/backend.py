@@ -96,6 +96,37 @@ class Backend(Protocol):
         """Read the turn and write the answer; `state` ends having seen the turn and the visible answer."""
         ...
 
+    def peak_memory(self) -> Callable[[], int]:
+        """Begin to watch memory; what is returned tells the bytes that were taken at most since then."""
+        ...
+
+    def sweep(self, plan: SweepPlan) -> SweepRun:
+        """Grow the context of a conversation and measure."""
+        ...
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a growing context is measured with: see `mmmamba.sweep.Sweep`. `image` is repeated; None is text alone.
+    `free_bytes` are those left for a cache, `bandwidth` the bytes a second that the device moves."""
+
+    contexts: tuple[int, ...]
+    image: Image.Image | None
+    budget_s: float
+    states: Path | None
+    bandwidth: float
+    free_bytes: int | None
+    steps: int = 12
+
+
+class SweepRun(Protocol):
+    """What the app needs of `mmmamba.sweep.Sweep`."""
+
+    name: str
+    prediction: Any
+
+    def run(self, cancel: threading.Event | None = None) -> Iterator[Any]: ...
+
 
 Loader = Callable[[str, Device, Dtype, Progress, Sequence[Backend]], Backend]
 
@@ -241,3 +272,27 @@ class MMMambaBackend:
         )
         inputs = ModelInputs(torch.tensor([ids]), torch.cat(list(tiles)) if tiles else None)
         return stream(self.model, self.tokenizer, inputs, state, params, stop_token_ids=self.stop_ids, cancel=cancel)
+
+    def peak_memory(self) -> Callable[[], int]:
+        from mmmamba.memory import current_memory_bytes, peak_memory_bytes, reset_peak_memory
+
+        device = self.model.device
+        reset_peak_memory(device)
+        before = current_memory_bytes(device)
+        return lambda: max(0, peak_memory_bytes(device) - before)
+
+    def sweep(self, plan: SweepPlan) -> SweepRun:
+        from mmmamba.sweep import Sweep, predict
+
+        return Sweep(
+            self.model,
+            self.tokenizer,
+            self.info.name,
+            predict(self.model, plan.bandwidth, plan.free_bytes),
+            contexts=plan.contexts,
+            pixel_values=None if plan.image is None else self.tile(plan.image, None),
+            steps=plan.steps,
+            budget_s=plan.budget_s,
+            states=plan.states,
+            weights=self.info.weights,
+        )

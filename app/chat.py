@@ -38,7 +38,8 @@ class Metrics:
         tok_per_sec: decoding only, after the first token; None before the second.
         num_tokens: tokens written in this turn.    num_tiles: tiles of the images of this turn, thumbnails included.
         text_tokens, image_tokens: what the state has seen over the whole conversation.
-        state_bytes: the memory that carries the conversation on.
+        state_bytes: the memory that carries the conversation on, spare room of caches included.
+        recurrent_bytes, cache_bytes: the parts of it that stay as they are, and that grow with every token.
         image_tiles: tiles of every image of this turn, in order.
     """
 
@@ -49,6 +50,8 @@ class Metrics:
     text_tokens: int = 0
     image_tokens: int = 0
     state_bytes: int = 0
+    recurrent_bytes: int = 0
+    cache_bytes: int = 0
     image_tiles: tuple[int, ...] = ()
     resumed: Resumed = Resumed()
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """A message to be answered after `parent` (None: at the beginning)."""
 
     parent: Turn | None
@@ -102,15 +102,15 @@ class Engine:
                 stays as a branch.
         Raises: EngineError for anything that went wrong; `chat` is then as it was before.
         """
-        settings = self._checked(text, images, settings)
+        settings = self.checked(text, images, settings)
         if not self.lane.idle:
             # Say it before a long wait; the pixels are not kept meanwhile.
             for i, image in enumerate(images):
                 open_image(image, i)
 
-        def request() -> _Request:
+        def request() -> Request:
             turns = chat.turns[:after]
-            return _Request(turns[-1] if turns else None, text, tuple(images))
+            return Request(turns[-1] if turns else None, text, tuple(images))
 
         yield from self._answer(chat, request, settings, cancel)
 
@@ -125,15 +125,15 @@ class Engine:
     ) -> Iterator[Reply]:
         """Answer a message again, the last one or number `index`, with other words if `text` is given, from the state
         before it. The old answer stays as a branch. Like `reply` otherwise."""
-        settings = self._checked(text, (), settings)
+        settings = self.checked(text, (), settings)
 
-        def again() -> _Request:
+        def again() -> Request:
             turns = chat.turns
             if not -len(turns) <= index < len(turns):
                 what = "the conversation is empty" if not turns else f"it has {len(turns)} turns"
                 raise EngineError(f"There is nothing to answer again: {what}.")
             turn = turns[index]
-            return _Request(turn.parent, turn.text if text is None else text, turn.images)
+            return Request(turn.parent, turn.text if text is None else text, turn.images)
 
         yield from self._answer(chat, again, settings, cancel)
 
@@ -173,7 +173,8 @@ class Engine:
             state = state.fork()
         return state, Resumed(len(path), 1e3 * (time.monotonic() - started), len(path) - at)
 
-    def _checked(self, text: str | None, images: Sequence[str | Path], settings: Settings | None) -> Settings:
+    def checked(self, text: str | None, images: Sequence[str | Path], settings: Settings | None) -> Settings:
+        """`settings`, or the usual ones.  Raises: EngineError if the message is over a limit of this server."""
         settings, limits = settings or Settings(), self.limits
         for what, words in (("message", text), ("system prompt", settings.system)):
             if words is not None and len(words) > limits.max_text_chars:
@@ -194,7 +195,7 @@ class Engine:
         return settings
 
     def _answer(
-        self, chat: Chat, request: Callable[[], _Request], settings: Settings, cancel: threading.Event | None
+        self, chat: Chat, request: Callable[[], Request], settings: Settings, cancel: threading.Event | None
     ) -> Iterator[Reply]:
         cancel = cancel or threading.Event()
         mailbox = Mailbox()
@@ -210,7 +211,7 @@ class Engine:
     def _work(
         self,
         chat: Chat,
-        request: Callable[[], _Request],
+        request: Callable[[], Request],
         settings: Settings,
         cancel: threading.Event,
         mailbox: Mailbox,
@@ -219,7 +220,7 @@ class Engine:
         try:
             if cancel.is_set():
                 raise Cancelled
-            self._turn(self.models.get(), chat, request(), settings, cancel, mailbox)
+            self.turn(self.models.get(), chat, request(), settings, cancel, mailbox.put)
         except Cancelled:
             mailbox.put(Reply(stage="done", finish_reason="cancel"))
         except EngineError as error:
@@ -231,16 +232,18 @@ class Engine:
             if chat.closed:
                 chat.close()
 
-    def _turn(
+    def turn(
         self,
         backend: Backend,
         chat: Chat,
-        request: _Request,
+        request: Request,
         settings: Settings,
         cancel: threading.Event,
-        mailbox: Mailbox,
+        put: Callable[[Reply], None],
     ) -> None:
-        mailbox.put(Reply(stage="reading"))
+        """Answer with a model and commit the turn; runs in the lane. `put` gets a reply for every token and one with
+        stage "done".  Raises: what the model raises; `chat` is then as it was."""
+        put(Reply(stage="reading"))
         parent = request.parent
         state, resumed = self.state_after(backend, parent, cancel)
         started = time.monotonic()
@@ -258,12 +261,14 @@ class Engine:
                 text_tokens=state.num_text_tokens,
                 image_tokens=state.num_image_tokens,
                 state_bytes=state.nbytes,
+                recurrent_bytes=state.recurrent_nbytes,
+                cache_bytes=state.cache_nbytes,
                 image_tiles=num_tiles,
                 resumed=resumed,
             )
             reply = Reply(event.reply, "writing", metrics=metrics, finish_reason=event.finish_reason)
             if event.finish_reason is None:
-                mailbox.put(reply)
+                put(reply)
         if reply.finish_reason is None:
             raise RuntimeError("the model's stream ended without a finish_reason")
         if reply.text or reply.finish_reason != "cancel":
@@ -280,7 +285,7 @@ class Engine:
             before = parent.snapshots.get(backend.key) if parent else None
             turn.snapshots[backend.key] = self.chats.states.keep(state, backend.mover, before)
             chat.commit(turn)
-        mailbox.put(replace(reply, stage="done"))
+        put(replace(reply, stage="done"))
 
     def _encode(
         self,

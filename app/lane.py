@@ -162,6 +162,6 @@ class Lane:
                     if more:
                         self._waiting.setdefault(job.owner, deque()).appendleft(job)
                         self._waiting.move_to_end(job.owner)
-                    else:
+                    elif job._steps is None:  # those in steps are no messages: nobody waits for all of one
                         usual = job.seconds if self._usual_s is None else self._usual_s
                         self._usual_s = OLD_SHARE * usual + (1 - OLD_SHARE) * job.seconds

@@ -50,6 +50,22 @@ def memory_need(model: str, device: Device, dtype: Dtype) -> MemoryNeed:
     return MemoryNeed(cost.count_parameters(config).total * size, free_memory_bytes(where))
 
 
+# Student -> teacher, of the models that people load by name.
+TEACHERS = {
+    "nano": "nano-teacher",
+    "nano-linear": "nano-teacher",
+    "hustvl/mmMamba-linear": "OpenGVLab/HoVLE",
+    "hustvl/mmMamba-hybrid": "OpenGVLab/HoVLE",
+}
+
+
+def sides_of(model: str, teacher: str | None) -> tuple[str, ...]:
+    """The models that one is compared with, itself first; `teacher` None is the known one, "" leaves it out."""
+    if teacher is None:
+        teacher = TEACHERS.get(model, "")
+    return (model, teacher) if teacher and teacher != model else (model,)
+
+
 class Models(Status):
     """Loads models on the engine's lane. `current` answers; `status` tells of the last load."""
 

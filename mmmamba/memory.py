@@ -40,11 +40,13 @@ def free_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     return min(found) if found else None
 
 
-def resident_memory_bytes() -> int | None:
-    """The process's resident memory now; None off Linux."""
+def current_memory_bytes(device: torch.device) -> int:
+    """What `peak_memory_bytes` would say if nothing more were taken from now on."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     if _STATUS.is_file() and (found := re.search(r"^VmRSS:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
-    return None
+    return peak_memory_bytes(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from mmmamba import cost
 from mmmamba.chart import Chart, Line, mebibytes, milliseconds
 from mmmamba.config import ModelConfig
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
-from mmmamba.memory import peak_memory_bytes, reset_peak_memory, resident_memory_bytes, synchronize
+from mmmamba.memory import current_memory_bytes, peak_memory_bytes, reset_peak_memory, synchronize
 from mmmamba.model import MMMamba
 from mmmamba.prompt import encode_reply, encode_user_turn
 from mmmamba.state import DecodeState
@@ -258,7 +258,7 @@ class Sweep:
             images_before=self._text.images,
         )
         reset_peak_memory(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory_bytes() or 0
+        before = current_memory_bytes(device)
         started = time.perf_counter()
         logits = prefill(model, ModelInputs(torch.tensor([ids]), self.pixel_values), state, piece_size=self._piece)
         token = _likeliest(logits, config)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from app.backend import ModelInfo, Progress
+from app.backend import ModelInfo, Progress, SweepPlan
 from app.chat import FinishReason
 from app.engine import Settings
+from mmmamba.config import ModelConfig
+from mmmamba.sweep import Point, Prediction, Reading, Skipped
 
 STATE_BYTES = 5 * 2**20
 TOKENS_PER_TILE = 64
+CACHE_BYTES_PER_WORD = 2**16
+PEAK_BYTES = 3 * 2**20
+TINY_CONFIG = Path(__file__).parent / "golden" / "post"
 
 
 @dataclass
@@ -27,10 +32,19 @@ class FakeState:
     seen: tuple[str, ...] = ()
     num_image_tokens: int = 0
     nbytes: int = STATE_BYTES
+    grows: bool = False
 
     @property
     def num_text_tokens(self) -> int:
         return len(self.seen)
+
+    @property
+    def recurrent_nbytes(self) -> int:
+        return self.nbytes
+
+    @property
+    def cache_nbytes(self) -> int:
+        return CACHE_BYTES_PER_WORD * len(self.seen) if self.grows else 0
 
     def fork(self) -> FakeState:
         return replace(self)
@@ -91,7 +105,13 @@ class FakeBackend:
         self.read_again: list[str] = []
 
     def new_state(self) -> FakeState:
-        return FakeState()
+        return FakeState(grows=self.info.kind == "teacher")
+
+    def peak_memory(self) -> Callable[[], int]:
+        return lambda: PEAK_BYTES
+
+    def sweep(self, plan: SweepPlan) -> FakeSweep:
+        return FakeSweep(self.info.name, self.info.kind, plan)
 
     def tile(self, image: Image.Image, max_tiles: int | None) -> Sequence[Any]:
         return [f"<{image.width}x{image.height}>"] * (max_tiles or 1)
@@ -140,6 +160,32 @@ class FakeBackend:
             rate = len(said) / max(time.monotonic() - started, 1e-6)
             yield FakeEvent(" ".join(said), len(said), 12.0, rate)
         yield FakeEvent(" ".join(said), len(said), 12.0 if said else None, rate if said else None, reason)
+
+
+class FakeSweep:
+    """Measures nothing: a token takes 10 ms, and with a teacher a hundredth of the context on top. The teacher ends
+    after 16,384 tokens."""
+
+    def __init__(self, name: str, kind: str, plan: SweepPlan) -> None:
+        self.name, self.kind, self.plan = name, kind, plan
+        config = ModelConfig.from_dict(
+            json.loads((TINY_CONFIG / ("hovle" if kind == "teacher" else "linear") / "config.json").read_text())
+        )
+        self.prediction = Prediction(config, 10**8, 4, 1e10, None)
+
+    def run(self, cancel: threading.Event | None = None) -> Iterator[Any]:
+        for context in self.plan.contexts:
+            if self.kind == "teacher" and context > 16_384:
+                yield Skipped(self.name, context, "the end is at about 20,000 tokens")
+                return
+            for part in range(1, 6):
+                time.sleep(0.02)
+                if cancel is not None and cancel.is_set():
+                    return
+                yield Reading(self.name, context, context * part // 5)
+            ms = 10.0 + (context / 100 if self.kind == "teacher" else 0)
+            cache = self.prediction.kv_bytes(context)
+            yield Point(self.name, self.kind, context, context, 0, 5.0, ms, ms, ms, STATE_BYTES, cache, 0, 0.1)
 
 
 def _see(state: FakeState, ids: Any, tiles: Sequence[Any]) -> None:
