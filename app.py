@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 LIMITS = (
@@ -42,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
         add(name, default, help_text, type=int)
     for name, help_text in BUDGETS:
         add(name, None, f"{help_text}; without it a quarter of what is free", type=int)
+    add("teacher", None, "model to compare with; without it the known teacher of --model, if there is one")
+    add("contexts", None, "folder that keeps grown contexts, so that a later start need not read them again")
+    p.add_argument("--no-teacher", action="store_true", help="leave the comparison out")
+    p.add_argument("--no-switch", action="store_true", help="visitors may not load other models")
     p.add_argument("--open", action="store_true", help="open the page in a browser, where there is a screen")
     p.add_argument("--share", action="store_true", help="open a public gradio.live tunnel to this machine")
     return p
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from app.chat import ChatStore
     from app.engine import Engine, Limits
     from app.states import Budget, StateStore
-    from app.ui import build, launch_options
+    from app.ui import PageOptions, build, launch_options
 
     budgets = [getattr(args, name.replace("-", "_")) for name, _ in BUDGETS]
     states = StateStore(Budget(*(None if mib is None else mib << 20 for mib in budgets)))
@@ -76,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # Without a screen `webbrowser` would start a text browser in this terminal.
     screen = sys.platform in ("darwin", "win32") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))
-    build(engine).launch(
+    # Loading a model is for the one whose machine this is: a page that others can reach does not offer it.
+    page = PageOptions(
+        teacher="" if args.no_teacher else args.teacher,
+        switch=args.host in ("127.0.0.1", "localhost", "::1") and not (args.no_switch or args.share),
+        contexts=Path(args.contexts) if args.contexts else None,
+    )
+    build(engine, page).launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,

@@ -62,6 +62,7 @@ class Turn:
 
     `snapshots` are the states that have seen all up to and including this answer, by the model they belong to; a model
     without one reads the turn again. `system` is the system prompt of a first turn, None for the model's own.
+    `drawn` is a picture with the places on it that the answer names.
     """
 
     text: str
@@ -72,6 +73,7 @@ class Turn:
     system: str | None = None
     max_tiles: int = 0
     parent: Turn | None = field(default=None, repr=False)
+    drawn: str | None = None
     snapshots: dict[str, Kept] = field(default_factory=dict, repr=False)
 
     @property
@@ -184,9 +186,14 @@ class ChatStore:
             return chat
 
     def new(self, key: Key) -> Chat:
-        """An empty conversation under `key`; one that was there is stopped and freed, and so are the longest unused
-        ones beyond the limit, if they are not being answered."""
+        """An empty conversation under `key`; one that was there is stopped and freed."""
         chat = Chat(self.states)
+        self.put(key, chat)
+        return chat
+
+    def put(self, key: Key, chat: Chat) -> None:
+        """Have `chat` under `key`; one that was there is stopped and freed, and so are the longest unused ones beyond
+        the limit, if they are not being answered."""
         with self._lock:
             ended = [old] if (old := self._chats.pop(key, None)) else []
             self._chats[key] = chat
@@ -197,7 +204,6 @@ class ChatStore:
                     ended.append(self._chats.pop(other))
         for old in ended:
             old.close()
-        return chat
 
     def drop(self, key: Key) -> None:
         with self._lock:

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.backend import DTYPES, Backend, Device, Dtype, Loader, ModelInfo, load_backend
 from app.chat import Chat, ChatStore, Metrics, Resumed, Turn
 from app.errors import EngineError, plain
-from app.follow import LoadStatus, Mailbox, Reply, follow
+from app.follow import BEAT_S, LoadStatus, Mailbox, Reply, follow
 from app.lane import Job, Lane, LaneFull, Run
 from app.models import Models, Need, memory_need
 from app.settings import Limits, Settings
@@ -26,6 +26,7 @@ from app.states import State
 __all__ = ["Engine", "EngineError", "Limits", "LoadStatus", "Reply", "Settings"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,95 @@ class Engine:
             raise EngineError(
                 f"{self.lane.max_waiting} messages wait for an answer already. Try again in a minute."
             ) from None
+
+    def run(self, work: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Do something short in the lane, where no model is at work, and wait for it.
+
+        Raises: what `work` raises; EngineError if others took too long.
+        """
+        out: list[T] = []
+        errors: list[Exception] = []
+        ended = threading.Event()
+
+        def job() -> None:
+            try:
+                out.append(work())
+            except Exception as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        waiting = self.submit(job)
+        if not ended.wait(timeout_s) and self.lane.drop(waiting):
+            raise EngineError("The answers of others take too long. Try again in a minute.")
+        ended.wait()
+        if errors:
+            raise errors[0]
+        return out[0]
+
+    def switch(self, model: str, dtype: Dtype) -> Iterator[LoadStatus]:
+        """Load another model, and have it answer from now on; how it goes, at least every 100 ms.
+
+        Raises: EngineError if it cannot be loaded or does not fit; the old one goes on answering then.
+        """
+        if dtype not in DTYPES:
+            raise EngineError(f'The precision "{dtype}" is not known; use one of {", ".join(DTYPES)}.')
+        if not model.strip():
+            raise EngineError("Name a model: a bundled one, a directory or a hub id.")
+        errors: list[EngineError] = []
+        ended = threading.Event()
+
+        def job() -> None:
+            try:
+                self.models.switch(model.strip(), dtype)
+            except EngineError as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        self.submit(job)
+        while not ended.wait(BEAT_S):
+            yield self.models.status
+        if errors:
+            raise errors[0]
+        yield self.models.status
+
+    def save_state(self, chat: Chat, write: Callable[[ModelInfo, State], None]) -> None:
+        """Call `write` in the lane with the model and the state at the end of `chat`; read again if it was let go.
+
+        Raises: EngineError if there is nothing to save.
+        """
+        if chat.head is None:
+            raise EngineError("There is nothing to save yet: the conversation is empty.")
+
+        def work() -> None:
+            backend = self.models.get()
+            state, _ = self.state_after(backend, chat.head, threading.Event())
+            write(backend.info, state)
+
+        self.run(work, timeout_s=600)
+
+    def adopt_state(self, chat: Chat, path: Path, check: Callable[[ModelInfo], None]) -> float:
+        """Give the end of `chat` a state from a file, if `check` accepts the model; the milliseconds that took.
+
+        Raises: EngineError if the state does not fit.
+        """
+        head = chat.head
+        if head is None:
+            raise EngineError("The file holds a memory but no conversation; open one that this page has saved.")
+
+        def work() -> float:
+            backend = self.models.get()
+            check(backend.info)
+            started = time.monotonic()
+            try:
+                state = backend.mover.load_state(path)
+            except (ValueError, KeyError, OSError) as error:
+                raise EngineError("The memory in this file is damaged; save the conversation again.") from error
+            head.snapshots[backend.key] = self.chats.states.keep(state, backend.mover)
+            return 1e3 * (time.monotonic() - started)
+
+        return self.run(work)
 
     def state_after(self, backend: Backend, turn: Turn | None, cancel: threading.Event) -> tuple[State, Resumed]:
         """A state of the caller's own that has seen the conversation up to `turn`; runs in the lane.

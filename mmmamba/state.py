@@ -254,6 +254,7 @@ class DecodeState:
                     f"{config.kind} model has {config.fingerprint()}); load it with the model that wrote it"
                 )
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        _check_shapes(path, tensors, counts, config)
 
         def stack_state(name: str, stack: StackConfig) -> StackState:
             layers: list[LayerState] = []
@@ -269,3 +270,17 @@ class DecodeState:
             tensors["pending"],
             counts["num_image_tokens"],
         )
+
+
+def _check_shapes(path: str | Path, tensors: dict[str, Tensor], counts: dict[str, int], config: ModelConfig) -> None:
+    """A file may come from anywhere.  Raises: ValueError if a tensor is missing or has a shape that no state has."""
+    expected = DecodeState.allocate(config, batch=len(tensors.get("pending", ())) or 1, device="meta").tensors()
+    for name, t in expected.items():
+        shape = list(t.shape)
+        if name.endswith("_cache"):
+            shape[2] = counts[f"{name.split('.')[0]}_seqlen"]
+        elif name == "pending" and name in tensors and tensors[name].ndim == 3:
+            shape[1] = tensors[name].shape[1]
+        if name not in tensors or list(tensors[name].shape) != shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{path} is damaged: {name} is {found}, expected {shape}; save the state again")

@@ -12,7 +12,7 @@ import pytest
 from fakes import FakeLoader
 
 from app.engine import Engine
-from app.ui import EXAMPLES_DIR, build, launch_options
+from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -28,7 +28,7 @@ WORD_S = 0.02
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)))
+    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)), PageOptions(teacher="fake-teacher"))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield blocks.local_url
     blocks.close(verbose=False)
@@ -178,6 +178,7 @@ def test_retry_answers_again_with_other_settings(page: Page) -> None:
     ask(page, "hello")
     bot(page, "turn 1 images 0: hello")
     unlocked(page)
+    page.click("#settings > button")
     page.fill("#settings input[type=number] >> nth=0", "1.5")
     page.press("#settings input[type=number] >> nth=0", "Tab")
     page.click("#chat button[aria-label=Retry]")
