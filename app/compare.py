@@ -17,18 +17,23 @@ from app.engine import Cancelled, Engine, Request
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, MIN_GAP_S, STOP_GRACE_S, Reply
 from app.metrics import Agreement, Figures, Trace, agreement, figures, smooth
+from app.models import TEACHERS
 from app.settings import Settings
 
+KINDS = dict.fromkeys(TEACHERS.values(), "teacher") | {
+    name: "hybrid" if name.endswith("hybrid") else "linear" for name in TEACHERS
+}
 MOST_POINTS = 240  # of a line in the chart
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's part. `trace` is what was observed of this answer; `latency` and `memory` hold (tokens of context,
-    milliseconds or bytes) for every token of the conversation so far."""
+    """One model's part. `kind` is "" until it is loaded, if it is none of those known by name. `trace` is what was
+    observed of this answer; `latency` and `memory` hold (tokens of context, milliseconds or bytes) for every token of
+    the conversation so far."""
 
     name: str
-    kind: str = "linear"
+    kind: str = ""
     stage: Literal["waiting", "loading", "reading", "writing", "done", "failed"] = "waiting"
     text: str = ""
     note: str = ""
@@ -65,7 +70,7 @@ class Compare:
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self.engine = engine
         self.chats = {name: Chat(engine.chats.states) for name in names}
-        self.sides = {name: Side(Path(name).name) for name in names}
+        self.sides = {name: Side(Path(name).name, KINDS.get(name, "")) for name in names}
         self._cancel = threading.Event()
         self._changed = threading.Condition()
 

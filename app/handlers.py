@@ -29,6 +29,8 @@ NOTHING_YET = "Stopped before the first word; the conversation is as it was."
 FORGOTTEN = "The server no longer held the earlier conversation (too long unused, or restarted): this is a new one."
 RESTORED = "This is the conversation that this browser kept. The next question reads it again, once."
 
+KEEP_NOTHING = "nothing"  # gr.BrowserState leaves what it has at an empty value
+
 # Updates of (box, chat, meter, notice, branch), in this order.
 Update = tuple[Any, Any, Any, Any, Any]
 
@@ -208,7 +210,7 @@ class Handlers:
         chat = self.engine.chats.new(_key(request))
         self.engine.warm()
         note = ""
-        if kept:
+        if kept and kept != KEEP_NOTHING:
             try:
                 saving.fill(chat, json.loads(kept), self.engine.limits)
                 note = RESTORED if chat.turns else ""
@@ -232,10 +234,12 @@ class Handlers:
 
     # Keeping and opening
 
-    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str | None:
+    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str:
         """What the browser keeps of the conversation: nothing if it is not to, or if it is too large."""
         chat = self.engine.chats.get(_key(request))
-        return saving.for_browser(chat, self.options.values(options)) if keep and chat is not None else None
+        if not keep or chat is None:
+            return KEEP_NOTHING
+        return saving.for_browser(chat, self.options.values(options)) or KEEP_NOTHING
 
     def save(self, how: str, request: gr.Request, *options: Any) -> tuple[Any, Any]:
         """(download, notice): the conversation as a file."""

@@ -114,7 +114,9 @@ class Panel:
         except Exception:
             log.exception("growing the context failed")
             shown = notice(UNEXPECTED)
-        yield gr.Button(interactive=True), gr.Button(interactive=False), shown, *self._files(view)
+        # The files take a moment more; the buttons should not wait for them.
+        yield gr.Button(interactive=True), gr.Button(interactive=False), shown, gr.skip(), gr.skip()
+        yield gr.skip(), gr.skip(), gr.skip(), *self._files(view)
 
     def stop_growing(self, request: gr.Request) -> None:
         if (grow := self._grows.get(str(request.session_hash))) is not None:

@@ -51,7 +51,7 @@ def _card(side: Side) -> str:
     busy = "true" if side.stage in ("loading", "reading", "writing") else "false"
     return (
         f'<section class="side side-{side.kind}" aria-label="{escape(side.name)}" aria-busy="{busy}">'
-        f"<h3><i></i>{KIND_NAMES[side.kind]} <span>{escape(side.name)}</span></h3>"
+        f"<h3><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(side.name)}</span></h3>"
         f'<div class="words" aria-live="polite">{words}</div></section>'
     )
 

@@ -12,7 +12,7 @@ from app import panel, views
 from app.backend import DTYPES
 from app.chat import Metrics
 from app.engine import Engine, Limits, Settings
-from app.handlers import Handlers, box_open
+from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.models import TEACHERS, sides_of
 from app.options import Options
 from app.theme import CSS_PATH, theme
@@ -104,6 +104,9 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     """The tab of the chat; returns the components of the options."""
     limits = handlers.engine.limits
     with gr.Column(scale=5, min_width=320, elem_id="talk"):
+        # Not inside an accordion: what is folded away is not there for the browser, and would keep nothing. The secret
+        # is none: it is the visitor's own conversation on their own machine.
+        store = gr.BrowserState(None, storage_key=STORED, secret=STORED)
         branch = gr.Dropdown([], label="Branch", elem_id="branch", visible=False, interactive=True)
         chat = gr.Chatbot(
             elem_id="chat",
@@ -145,7 +148,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
             camera = gr.Image(type="filepath", sources=["webcam"], label="Camera", height=220)
             use = gr.Button("Put it into the message", elem_id="camera-use")
         with gr.Accordion("Save and open", open=False, elem_id="keep"):
-            keep, store = _keeping(handlers, [box, chat, meter, notice, branch], inputs)
+            keep = _keeping(handlers, [box, chat, meter, notice, branch], inputs, store)
         if page.switch:
             with gr.Accordion("Model", open=False, elem_id="switch"):
                 _switching(handlers, status, notice)
@@ -164,7 +167,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     box.stop(handlers.stop, queue=False, **PRIVATE)
     for event in (clear.click, chat.clear):
         event(handlers.clear, None, shown, queue=False, **PRIVATE).success(
-            lambda: None, None, store, queue=False, **PRIVATE
+            lambda: KEEP_NOTHING, None, store, queue=False, **PRIVATE
         )
     back = [
         chat.undo(handlers.undo, None, shown, queue=False, **PRIVATE),
@@ -184,9 +187,8 @@ def _example_ids() -> list[str]:
     return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
 
 
-def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any]) -> tuple[gr.Checkbox, gr.BrowserState]:
+def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any], store: gr.BrowserState) -> gr.Checkbox:
     """Files of the conversation, and what the browser keeps of it."""
-    store = gr.BrowserState(None, storage_key=STORED, secret=STORED)  # it is the visitor's own, on their own machine
     notice = shown[3]
     how = gr.Radio(
         [("JSON", "json"), ("Markdown", "markdown"), ("With its memory", "state")],
@@ -204,7 +206,7 @@ def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any]) -> tuple[g
     save.click(handlers.save, [how, *inputs], [download, notice], **PRIVATE).success(None, js=DOWNLOAD, **PRIVATE)
     opened.upload(handlers.open, opened, [*shown, *inputs], **PRIVATE)
     keep.input(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
-    return keep, store
+    return keep
 
 
 def _switching(handlers: Handlers, status: gr.HTML, notice: gr.HTML) -> None:

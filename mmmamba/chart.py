@@ -28,7 +28,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """`unit` formats a value of y. With `log_x` the x axis is logarithmic; `live` leaves the dots out; `binary` has
+    """`unit` formats a value of y. With `log_x` the x axis is logarithmic; `live` leaves the dots out and begins where
+    the lines do; `binary` has
     round numbers of MiB or GiB at the y axis."""
 
     title: str
@@ -80,7 +81,7 @@ class _Layout:
         self.chart = chart
         every = [p for line in chart.lines for p in (*line.points, *line.predicted)]
         xs, ys = [x for x, _ in every] or [0.0, 100.0], [y for _, y in every] or [1.0]
-        self.x_min = min(xs) if chart.log_x else 0.0
+        self.x_min = min(xs) if chart.log_x or chart.live else 0.0
         self.x_max = max(max(xs), self.x_min * 1.01, 1.0)
         self.y_max = (max(ys) or 1.0) * 1.1
 
@@ -109,8 +110,8 @@ class _Layout:
                 if not kept or self.x(mark) - self.x(kept[-1]) > 40:
                     kept.append(mark)
             return kept
-        step = _nice(self.x_max / 4)
-        return [i * step for i in range(int(self.x_max / step) + 1)]
+        step = max(1.0, _nice((self.x_max - self.x_min) / 4))
+        return [i * step for i in range(math.ceil(self.x_min / step), int(self.x_max / step) + 1)]
 
     def labels(self) -> list[_Label]:
         """Names and last values beside the ends of the lines, moved apart where they would touch."""

@@ -179,7 +179,7 @@ class FakeSweep:
                 yield Skipped(self.name, context, "the end is at about 20,000 tokens")
                 return
             for part in range(1, 6):
-                time.sleep(0.02)
+                time.sleep(0.04)
                 if cancel is not None and cancel.is_set():
                     return
                 yield Reading(self.name, context, context * part // 5)
