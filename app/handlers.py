@@ -50,6 +50,7 @@ class Handlers:
 
     def __init__(self, engine: Engine, options: Options) -> None:
         self.engine, self.options = engine, options
+        self._opened: set[Key] = set()  # tabs that had a conversation: without one now, the server let it go
 
     # Answers
 
@@ -71,7 +72,7 @@ class Handlers:
         self, text: str, files: list[str], request: gr.Request, options: Sequence[Any], frames: int = 1
     ) -> Iterator[Update]:
         key = _key(request)
-        note = "" if self.engine.chats.get(key) else FORGOTTEN
+        note = FORGOTTEN if key in self._opened and self.engine.chats.get(key) is None else ""
         chat = self._chat(key)
         if files and not text.strip():
             text = ASK_WITHOUT_WORDS
@@ -203,12 +204,18 @@ class Handlers:
 
     def forget(self, request: gr.Request) -> None:
         """The tab was closed."""
+        self._opened.discard(_key(request))
         self.engine.chats.drop(_key(request))
 
     def opened(self, kept: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """A tab was opened: start loading the model, and show what the browser kept."""
-        chat = self.engine.chats.new(_key(request))
+        """A tab was opened: start loading the model, and show what the browser kept. Whoever was quicker and has asked
+        something already keeps that."""
+        key = _key(request)
+        self._opened.add(key)
         self.engine.warm()
+        chat = self._chat(key)
+        if chat.busy or chat.turns:
+            return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         note = ""
         if kept and kept != KEEP_NOTHING:
             try:

@@ -167,7 +167,7 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
     fault = gr.HTML("", elem_id="compare-notice")
     out = gr.HTML(views.EMPTY_PANEL, elem_id="panel")
     with gr.Column(elem_id="grow"):
-        gr.Markdown("### Grow the context")
+        gr.Markdown("## Grow the context")
         with gr.Row():
             longest = gr.Dropdown(
                 [(f"{c:,} tokens", c) for c in CONTEXTS],

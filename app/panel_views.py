@@ -51,7 +51,7 @@ def _card(side: Side) -> str:
     busy = "true" if side.stage in ("loading", "reading", "writing") else "false"
     return (
         f'<section class="side side-{side.kind}" aria-label="{escape(side.name)}" aria-busy="{busy}">'
-        f"<h3><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(side.name)}</span></h3>"
+        f"<h2><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(side.name)}</span></h2>"
         f'<div class="words" aria-live="polite">{words}</div></section>'
     )
 
@@ -144,7 +144,7 @@ def _end(view: Growth, name: str) -> str:
 def _how(point: Any) -> str:
     """How the model came to have this context."""
     restored = f"restored in {point.restore_ms or 0:,.0f} ms"
-    return restored if point.read_s is None else f"read in {point.read_s:,.1f} s"
+    return restored if point.read_s is None else f"in {point.read_s:,.1f} s"
 
 
 def _points(points: Sequence[Any]) -> str:
@@ -156,5 +156,8 @@ def _points(points: Sequence[Any]) -> str:
         f"<td>{_how(p)}</td></tr>"
         for p in points
     )
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("Context", "Model", "First token", "A token", "Memory", ""))
-    return f'<table class="figures points"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    heads = "".join(
+        f'<th scope="col">{h}</th>' for h in ("Context", "Model", "First token", "A token", "Memory", "Read")
+    )
+    head = f"<thead><tr>{heads}</tr></thead>"
+    return f'<div class="scroll"><table class="figures points">{head}<tbody>{rows}</tbody></table></div>'

@@ -88,7 +88,17 @@ def meter(metrics: Metrics, info: ModelInfo | None) -> str:
         f"<span>{escape(note)}</span></dd></div>"
         for label, value, note in cells
     )
-    return f'<dl class="meter">{rows}</dl>{_resumed(metrics)}'
+    return f'<dl class="meter">{rows}</dl>{_pictures(metrics)}{_resumed(metrics)}'
+
+
+def _pictures(metrics: Metrics) -> str:
+    """How many tiles each picture of the message was cut into."""
+    tiles = metrics.image_tiles
+    if not tiles:
+        return ""
+    counts = " + ".join(map(str, tiles))
+    what = "1 picture" if len(tiles) == 1 else f"{len(tiles)} pictures"
+    return f'<p class="resumed">{what} in this message: {counts} tile{"" if counts == "1" else "s"}.</p>'
 
 
 def _resumed(metrics: Metrics) -> str:

@@ -93,7 +93,6 @@ def test_page_opens_in_five_seconds_and_shows_loading(browser: Browser, url: str
 def test_upload_ask_answer(page: Page) -> None:
     upload(page, ORANGES)
     ask(page, "what is this")
-    page.wait_for_selector(STOP)
     bot(page, "turn 1 images 1: what is this")
     unlocked(page)
     assert page.locator("#chat [data-testid=user] img").count() == 1
@@ -284,6 +283,10 @@ def test_nothing_overflows_and_every_control_has_a_name(browser: Browser, url: s
     )
     assert unnamed == []
     assert page.locator("#chat button[aria-label=Share]:visible").count() == 0, "sharing uploads to another host"
+    page.click("#compare-tab-button")
+    page.click("#compare-shapes")
+    page.wait_for_selector("#panel:has-text('The answers are equal.')")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 
