@@ -1,4 +1,4 @@
-"""A conversation as the server holds it: turns, the model's state after each, and what is being answered now."""
+"""A conversation as the server holds it: a tree of turns, the model's state after each, what is being answered now."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal
 
-from app.errors import EngineError
+from app.states import Kept, StateStore
 
 FinishReason = Literal["stop", "length", "cancel"]
 Key = tuple[str, str]
 
 
-class State(Protocol):
-    """What the app needs of `mmmamba.state.DecodeState`."""
+@dataclass(frozen=True)
+class Resumed:
+    """Where an answer started: after turn number `turn` (0: at the beginning), which took `ms`.
 
-    num_image_tokens: int
+    `reread` turns had no state left (imported, or let go to save memory), so they were read again.
+    """
 
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def num_text_tokens(self) -> int: ...
-    def clone(self) -> Self: ...
+    turn: int = 0
+    ms: float = 0.0
+    reread: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Metrics:
         tok_per_sec: decoding only, after the first token; None before the second.
         num_tokens: tokens written in this turn.    num_tiles: tiles of the images of this turn, thumbnails included.
         text_tokens, image_tokens: what the state has seen over the whole conversation.
-        state_bytes: the memory that carries the conversation on.
+        state_bytes: the memory that carries the conversation on, spare room of caches included.
+        recurrent_bytes, cache_bytes: the parts of it that stay as they are, and that grow with every token.
+        image_tiles: tiles of every image of this turn, in order.
     """
 
     ttft_ms: float | None = None
@@ -48,62 +50,92 @@ class Metrics:
     text_tokens: int = 0
     image_tokens: int = 0
     state_bytes: int = 0
+    recurrent_bytes: int = 0
+    cache_bytes: int = 0
+    image_tiles: tuple[int, ...] = ()
+    resumed: Resumed = Resumed()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Turn:
-    """A question and its whole answer. `state` has seen all up to and including this answer; None if let go."""
+    """A question and its whole answer; `parent` is the turn before it, None for a first one.
+
+    `snapshots` are the states that have seen all up to and including this answer, by the model they belong to; a model
+    without one reads the turn again. `system` is the system prompt of a first turn, None for the model's own.
+    `drawn` is a picture with the places on it that the answer names.
+    """
 
     text: str
     images: tuple[str | Path, ...]
     reply: str
     finish_reason: FinishReason
-    metrics: Metrics
-    state: State | None = field(repr=False)
-
-
-@dataclass(eq=False)
-class Chat:
-    """One conversation. Turns are whole: an answer that failed leaves no trace, a stopped one is as long as it got."""
-
-    turns: list[Turn] = field(default_factory=list)
-    _running: set[threading.Event] = field(default_factory=set, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    metrics: Metrics = field(default_factory=Metrics)
+    system: str | None = None
+    max_tiles: int = 0
+    parent: Turn | None = field(default=None, repr=False)
+    drawn: str | None = None
+    snapshots: dict[str, Kept] = field(default_factory=dict, repr=False)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all states kept."""
-        return sum(turn.state.nbytes for turn in self.turns if turn.state is not None)
+    def path(self) -> list[Turn]:
+        """The turns from the beginning to this one."""
+        turns: list[Turn] = []
+        turn: Turn | None = self
+        while turn is not None:
+            turns.append(turn)
+            turn = turn.parent
+        return turns[::-1]
+
+
+class Chat:
+    """One conversation and its branches. Turns are whole: an answer that failed leaves no trace, a stopped one is as
+    long as it got. Going back moves `head`; what was said after it stays as a branch."""
+
+    def __init__(self, states: StateStore | None = None) -> None:
+        self.states = StateStore() if states is None else states
+        self.all_turns: list[Turn] = []
+        self.head: Turn | None = None
+        self.closed = False
+        self._ended: list[Turn] = []
+        self._running: set[threading.Event] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The turns that lead to where the conversation stands, in order."""
+        return self.head.path if self.head else []
 
     @property
     def busy(self) -> bool:
         return bool(self._running)
 
-    def state_before(self, index: int) -> State | None:
-        """The state that turn `index` starts from, None at the beginning. Clone it before advancing it.
+    @property
+    def branches(self) -> list[Turn]:
+        """The last turn of every branch, in order of their making."""
+        parents = {id(turn.parent) for turn in self.all_turns if turn.parent is not None}
+        return [turn for turn in self.all_turns if id(turn) not in parents]
 
-        Raises: EngineError if that snapshot was let go to save memory.
-        """
-        if index == 0:
-            return None
-        state = self.turns[index - 1].state
-        if state is None:
-            raise EngineError(
-                f"Turn {index + 1} is too far back: the server no longer holds the memory from before it. "
-                "Start a new chat and ask again."
-            )
-        return state
-
-    def commit(self, index: int, turn: Turn) -> None:
-        """Make `turn` the turn number `index` and the last one."""
+    def commit(self, turn: Turn) -> None:
+        """Add `turn` after its parent and stand there. A conversation that was closed meanwhile frees it at once."""
         with self._lock:
-            self.turns = [*self.turns[:index], turn]
+            if not self.closed:
+                self.all_turns.append(turn)
+                self.head = turn
+                return
+        for kept in turn.snapshots.values():
+            self.states.release(kept)
 
-    def drop_snapshots(self, keep: int = 2) -> None:
-        """Let go of all states but the last `keep` (two: to go on, and to answer the last question again)."""
+    def go_back(self, num_turns: int) -> None:
+        """Stand after the first `num_turns` turns of this branch; the rest stays as a branch of its own."""
         with self._lock:
-            cut = len(self.turns) - keep
-            self.turns = [replace(turn, state=None) if i < cut else turn for i, turn in enumerate(self.turns)]
+            turns = self.turns
+            self.head = turns[num_turns - 1] if 0 < num_turns <= len(turns) else None
+
+    def go_to(self, index: int) -> None:
+        """Stand at the end of branch `index` of `branches`."""
+        ends = self.branches
+        if 0 <= index < len(ends):
+            self.head = ends[index]
 
     @contextmanager
     def running(self, cancel: threading.Event) -> Iterator[None]:
@@ -122,15 +154,24 @@ class Chat:
             for cancel in self._running:
                 cancel.set()
 
+    def close(self) -> None:
+        """Stop, and free every state. Called again after a job that was under way, it frees what that one made."""
+        self.stop()
+        with self._lock:
+            self.closed = True
+            self._ended += self.all_turns
+            self.all_turns, self.head = [], None
+        for turn in self._ended:
+            while turn.snapshots:
+                self.states.release(turn.snapshots.popitem()[1])
+
 
 class ChatStore:
-    """All conversations of the server, by key, the longest unused first; bounded in number and in bytes.
+    """All conversations of the server, by key, the longest unused first. Their states share one budget (`states`)."""
 
-    Over the limit, old snapshots go first, then whole idle conversations.
-    """
-
-    def __init__(self, max_chats: int = 256, max_bytes: int = 2 << 30) -> None:
-        self.max_chats, self.max_bytes = max_chats, max_bytes
+    def __init__(self, max_chats: int = 256, states: StateStore | None = None) -> None:
+        self.max_chats = max_chats
+        self.states = StateStore() if states is None else states
         self._chats: OrderedDict[Key, Chat] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -145,33 +186,30 @@ class ChatStore:
             return chat
 
     def new(self, key: Key) -> Chat:
-        """An empty conversation under `key`; one that was there is stopped and forgotten."""
-        self.drop(key)
-        with self._lock:
-            chat = self._chats[key] = Chat()
-        self.trim()
+        """An empty conversation under `key`; one that was there is stopped and freed."""
+        chat = Chat(self.states)
+        self.put(key, chat)
         return chat
+
+    def put(self, key: Key, chat: Chat) -> None:
+        """Have `chat` under `key`; one that was there is stopped and freed, and so are the longest unused ones beyond
+        the limit, if they are not being answered."""
+        with self._lock:
+            ended = [old] if (old := self._chats.pop(key, None)) else []
+            self._chats[key] = chat
+            for other in list(self._chats)[:-1]:
+                if len(self._chats) <= self.max_chats:
+                    break
+                if not self._chats[other].busy:
+                    ended.append(self._chats.pop(other))
+        for old in ended:
+            old.close()
 
     def drop(self, key: Key) -> None:
         with self._lock:
             chat = self._chats.pop(key, None)
         if chat is not None:
-            chat.stop()
-
-    def trim(self) -> None:
-        """Get back under the limits. Conversations being answered, and the most recent one, are kept."""
-        with self._lock:
-            for chat in self._chats.values():
-                if self._nbytes() <= self.max_bytes:
-                    break
-                chat.drop_snapshots()
-            for key in [key for key, chat in list(self._chats.items())[:-1] if not chat.busy]:
-                if len(self._chats) <= self.max_chats and self._nbytes() <= self.max_bytes:
-                    break
-                del self._chats[key]
-
-    def _nbytes(self) -> int:
-        return sum(chat.nbytes for chat in self._chats.values())
+            chat.close()
 
 
 def new_session_id() -> str:

@@ -1,99 +1,49 @@
-"""Loads the model and answers, one message at a time. Knows nothing of Gradio.
+"""Answers, one message at a time, from the state that the conversation has. Knows nothing of Gradio.
 
-An answer is computed in the lane's thread on a clone of the conversation's state and committed when it is whole, so an
-error leaves the conversation as it was, and a stopped answer is kept with a state that has seen exactly what is shown.
+An answer is computed in the lane's thread on a fork of the state before it and committed when it is whole, so an error
+leaves the conversation as it was, and a stopped answer is kept with a state that has seen exactly what is shown.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from app.backend import DTYPES, Backend, Device, Dtype, Loader, ModelInfo, load_backend
-from app.chat import Chat, ChatStore, FinishReason, Metrics, Turn
-from app.errors import EngineError
-from app.lane import Job, Lane, LaneFull
+from app.chat import Chat, ChatStore, Metrics, Resumed, Turn
+from app.errors import EngineError, plain
+from app.follow import BEAT_S, LoadStatus, Mailbox, Reply, follow
+from app.lane import Job, Lane, LaneFull, Run
+from app.models import Models, Need, memory_need
 from app.settings import Limits, Settings
+from app.states import State
 
 __all__ = ["Engine", "EngineError", "Limits", "LoadStatus", "Reply", "Settings"]
 
 log = logging.getLogger(__name__)
-
-MIN_GAP_S = 0.05  # between two updates: each costs the page about 5 ms
-BEAT_S = 0.08  # without news an update is repeated, so that a closed page or a stop is noticed
-STOP_GRACE_S = 0.25  # a stopped answer that has not ended by then (a long prefill) ends out of sight
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LoadStatus:
-    """`progress` from 0 to 1, `note` says what is being done or what went wrong."""
+class Request:
+    """A message to be answered after `parent` (None: at the beginning)."""
 
-    stage: Literal["idle", "loading", "ready", "failed"] = "idle"
-    progress: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The answer so far. The last one of an answer has `stage` "done" and a `finish_reason`.
-
-    `ahead` counts the messages that come first while waiting; `progress` and `note` tell of loading.
-    A stop before the first word ends with an empty `text`, and the conversation stays as it was.
-    """
-
-    text: str = ""
-    stage: Literal["waiting", "loading", "reading", "writing", "done"] = "waiting"
-    ahead: int = 0
-    progress: float = 0.0
-    note: str = ""
-    metrics: Metrics = field(default_factory=Metrics)
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class _Request:
-    index: int
+    parent: Turn | None
     text: str
     images: tuple[str | Path, ...]
 
 
-class _Mailbox:
-    """The newest reply of an answer being computed, its error, or its end."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._fresh = False
-        self.reply: Reply | None = None
-        self.error: EngineError | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.error is not None or (self.reply is not None and self.reply.stage == "done")
-
-    def put(self, item: Reply | EngineError) -> None:
-        with self._changed:
-            if isinstance(item, Reply):
-                self.reply = item
-            else:
-                self.error = item
-            self._fresh = True
-            self._changed.notify_all()
-
-    def wait(self, timeout: float) -> None:
-        """Return at news, or after `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._fresh, timeout)
-            self._fresh = False
+class Cancelled(Exception):
+    """The cancel flag was set while a conversation was read again."""
 
 
 class Engine:
-    """One model, one compute lane, and the conversations (`chats`)."""
+    """Models, one compute lane, and the conversations (`chats`)."""
 
     def __init__(
         self,
@@ -104,28 +54,34 @@ class Engine:
         limits: Limits | None = None,
         chats: ChatStore | None = None,
         loader: Loader = load_backend,
+        need: Need = memory_need,
         max_waiting: int = 16,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f'dtype "{dtype}" is not known; use one of {", ".join(DTYPES)}')
-        self.model, self.device, self.dtype = model, device, dtype
         self.limits = limits or Limits()
-        self.chats = chats or ChatStore()
-        self.status = LoadStatus()
-        self._loader = loader
-        self._backend: Backend | None = None
-        self._lane = Lane(max_waiting)
+        self.chats = ChatStore() if chats is None else chats  # an empty store is falsy
+        self.models = Models(model, device, dtype, loader, need)
+        self.lane = Lane(max_waiting)
+
+    @property
+    def model(self) -> str:
+        return self.models.model
+
+    @property
+    def status(self) -> LoadStatus:
+        return self.models.status
 
     @property
     def info(self) -> ModelInfo | None:
         """About the model; None until it is loaded."""
-        return self._backend.info if self._backend else None
+        return self.models.info
 
     def warm(self) -> None:
         """Start loading the model, if nobody has yet, and return at once; `status` tells how it goes."""
-        if self._backend is None and self._lane.idle:
-            self.status = LoadStatus("loading", 0.0, "starting")
-            self._lane.submit(self._load_quietly)
+        if self.models.current is None and self.lane.idle:
+            self.models.status = LoadStatus("loading", 0.0, "starting")
+            self.lane.submit(self._load_quietly)
 
     def reply(
         self,
@@ -134,46 +90,190 @@ class Engine:
         images: Sequence[str | Path] = (),
         settings: Settings | None = None,
         cancel: threading.Event | None = None,
+        *,
+        after: int | None = None,
     ) -> Iterator[Reply]:
         """Answer a new message of `chat`; only this message is read, the rest is in the state.
 
         Yields at most every 50 ms and at least every 100 ms. Setting `cancel` (or `chat.stop()`), or closing the
         iterator, ends the answer: what is written by then is kept as a whole turn.
 
+        Args:
+            after: how many turns of the conversation to keep before the message; None is all. What was said after them
+                stays as a branch.
         Raises: EngineError for anything that went wrong; `chat` is then as it was before.
         """
-        settings = self._checked(text, images, settings)
-        request = _Request(-1, text, tuple(images))
-        if not self._lane.idle:
+        settings = self.checked(text, images, settings)
+        if not self.lane.idle:
             # Say it before a long wait; the pixels are not kept meanwhile.
             for i, image in enumerate(images):
-                _open(image, i)
-        yield from self._answer(chat, lambda: replace(request, index=len(chat.turns)), settings, cancel)
+                open_image(image, i)
+
+        def request() -> Request:
+            turns = chat.turns[:after]
+            return Request(turns[-1] if turns else None, text, tuple(images))
+
+        yield from self._answer(chat, request, settings, cancel)
 
     def retry(
-        self, chat: Chat, settings: Settings | None = None, cancel: threading.Event | None = None
+        self,
+        chat: Chat,
+        settings: Settings | None = None,
+        cancel: threading.Event | None = None,
+        *,
+        index: int = -1,
+        text: str | None = None,
     ) -> Iterator[Reply]:
-        """Answer the last message again, from the state before it; the old answer is replaced when the new one is
-        whole. Like `reply` otherwise."""
-        settings = self._checked(None, (), settings)
+        """Answer a message again, the last one or number `index`, with other words if `text` is given, from the state
+        before it. The old answer stays as a branch. Like `reply` otherwise."""
+        settings = self.checked(text, (), settings)
 
-        def last() -> _Request:
-            if not chat.turns:
-                raise EngineError("There is nothing to answer again: the conversation is empty.")
-            turn = chat.turns[-1]
-            return _Request(len(chat.turns) - 1, turn.text, turn.images)
+        def again() -> Request:
+            turns = chat.turns
+            if not -len(turns) <= index < len(turns):
+                what = "the conversation is empty" if not turns else f"it has {len(turns)} turns"
+                raise EngineError(f"There is nothing to answer again: {what}.")
+            turn = turns[index]
+            return Request(turn.parent, turn.text if text is None else text, turn.images)
 
-        yield from self._answer(chat, last, settings, cancel)
+        yield from self._answer(chat, again, settings, cancel)
 
-    def _checked(self, text: str | None, images: Sequence[str | Path], settings: Settings | None) -> Settings:
+    def submit(self, run: Run, owner: object = None) -> Job:
+        """Give work to the lane.  Raises: EngineError if too much waits already."""
+        try:
+            return self.lane.submit(run, owner)
+        except LaneFull:
+            raise EngineError(
+                f"{self.lane.max_waiting} messages wait for an answer already. Try again in a minute."
+            ) from None
+
+    def run(self, work: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Do something short in the lane, where no model is at work, and wait for it.
+
+        Raises: what `work` raises; EngineError if others took too long.
+        """
+        out: list[T] = []
+        errors: list[Exception] = []
+        ended = threading.Event()
+
+        def job() -> None:
+            try:
+                out.append(work())
+            except Exception as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        waiting = self.submit(job)
+        if not ended.wait(timeout_s) and self.lane.drop(waiting):
+            raise EngineError("The answers of others take too long. Try again in a minute.")
+        ended.wait()
+        if errors:
+            raise errors[0]
+        return out[0]
+
+    def switch(self, model: str, dtype: Dtype) -> Iterator[LoadStatus]:
+        """Load another model, and have it answer from now on; how it goes, at least every 100 ms.
+
+        Raises: EngineError if it cannot be loaded or does not fit; the old one goes on answering then.
+        """
+        if dtype not in DTYPES:
+            raise EngineError(f'The precision "{dtype}" is not known; use one of {", ".join(DTYPES)}.')
+        if not model.strip():
+            raise EngineError("Name a model: a bundled one, a directory or a hub id.")
+        errors: list[EngineError] = []
+        ended = threading.Event()
+
+        def job() -> None:
+            try:
+                self.models.switch(model.strip(), dtype)
+            except EngineError as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        self.submit(job)
+        while not ended.wait(BEAT_S):
+            yield self.models.status
+        if errors:
+            raise errors[0]
+        yield self.models.status
+
+    def save_state(self, chat: Chat, write: Callable[[ModelInfo, State], None]) -> None:
+        """Call `write` in the lane with the model and the state at the end of `chat`; read again if it was let go.
+
+        Raises: EngineError if there is nothing to save.
+        """
+        if chat.head is None:
+            raise EngineError("There is nothing to save yet: the conversation is empty.")
+
+        def work() -> None:
+            backend = self.models.get()
+            state, _ = self.state_after(backend, chat.head, threading.Event())
+            write(backend.info, state)
+
+        self.run(work, timeout_s=600)
+
+    def adopt_state(self, chat: Chat, path: Path, check: Callable[[ModelInfo], None]) -> float:
+        """Give the end of `chat` a state from a file, if `check` accepts the model; the milliseconds that took.
+
+        Raises: EngineError if the state does not fit.
+        """
+        head = chat.head
+        if head is None:
+            raise EngineError("The file holds a memory but no conversation; open one that this page has saved.")
+
+        def work() -> float:
+            backend = self.models.get()
+            check(backend.info)
+            started = time.monotonic()
+            try:
+                state = backend.mover.load_state(path)
+            except (ValueError, KeyError, OSError) as error:
+                raise EngineError("The memory in this file is damaged; save the conversation again.") from error
+            head.snapshots[backend.key] = self.chats.states.keep(state, backend.mover)
+            return 1e3 * (time.monotonic() - started)
+
+        return self.run(work)
+
+    def state_after(self, backend: Backend, turn: Turn | None, cancel: threading.Event) -> tuple[State, Resumed]:
+        """A state of the caller's own that has seen the conversation up to `turn`; runs in the lane.
+
+        The nearest snapshot is taken; turns after it that have none for this model are read, and keep one from then on.
+        Raises: EngineError if a picture of such a turn is gone; Cancelled.
+        """
+        started = time.monotonic()
+        path = turn.path if turn else []
+        store = self.chats.states
+        for at in range(len(path), -1, -1):
+            kept = path[at - 1].snapshots.get(backend.key) if at else None
+            state = store.take(kept) if kept else None
+            if state is not None:
+                break
+        else:
+            at, state = 0, backend.new_state()
+        for i in range(at, len(path)):
+            ids, tiles = self._encode(
+                backend, path[:i], path[i].text, path[i].images, path[i].max_tiles, path[0].system
+            )
+            if not backend.read(ids + backend.encode_reply(path[i].reply), tiles, state, cancel):
+                raise Cancelled
+            before = path[i - 1].snapshots.get(backend.key) if i else None
+            path[i].snapshots[backend.key] = store.keep(state, backend.mover, before)
+            state = state.fork()
+        return state, Resumed(len(path), 1e3 * (time.monotonic() - started), len(path) - at)
+
+    def checked(self, text: str | None, images: Sequence[str | Path], settings: Settings | None) -> Settings:
+        """`settings`, or the usual ones.  Raises: EngineError if the message is over a limit of this server."""
         settings, limits = settings or Settings(), self.limits
-        if text is not None:
-            if not text.strip():
-                raise EngineError("The message is empty. Type a question.")
-            if len(text) > limits.max_text_chars:
+        for what, words in (("message", text), ("system prompt", settings.system)):
+            if words is not None and len(words) > limits.max_text_chars:
                 raise EngineError(
-                    f"The message has {len(text):,} characters; {limits.max_text_chars:,} fit. Send it in parts."
+                    f"The {what} has {len(words):,} characters; {limits.max_text_chars:,} fit. "
+                    f"{'Send it in parts.' if what == 'message' else 'Make it shorter.'}"
                 )
+        if text is not None and not text.strip():
+            raise EngineError("The message is empty. Type a question.")
         if len(images) > limits.max_images:
             raise EngineError(
                 f"The message has {len(images)} images; {limits.max_images} fit. Send the others with the next message."
@@ -185,88 +285,61 @@ class Engine:
         return settings
 
     def _answer(
-        self, chat: Chat, request: Callable[[], _Request], settings: Settings, cancel: threading.Event | None
+        self, chat: Chat, request: Callable[[], Request], settings: Settings, cancel: threading.Event | None
     ) -> Iterator[Reply]:
         cancel = cancel or threading.Event()
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         with chat.running(cancel):
+            job = self.submit(lambda: self._work(chat, request, settings, cancel, mailbox), owner=chat)
             try:
-                job = self._lane.submit(lambda: self._work(chat, request, settings, cancel, mailbox))
-            except LaneFull:
-                raise EngineError(
-                    f"{self._lane.max_waiting} messages wait for an answer already. Try again in a minute."
-                ) from None
-            try:
-                yield from self._follow(job, mailbox, cancel)
+                yield from follow(self.lane, job, mailbox, cancel, self.models)
             except GeneratorExit:
                 cancel.set()
-                self._lane.drop(job)
+                self.lane.drop(job)
                 raise
-
-    def _follow(self, job: Job, mailbox: _Mailbox, cancel: threading.Event) -> Iterator[Reply]:
-        """What to show of a job until it ends."""
-        cancelled_at = None
-        last = 0.0
-        while True:
-            mailbox.wait(BEAT_S)
-            if not mailbox.ended:
-                time.sleep(max(0.0, last + MIN_GAP_S - time.monotonic()))
-            last = time.monotonic()
-            if mailbox.error is not None:
-                raise mailbox.error
-            reply = mailbox.reply or self._before(job)
-            if not mailbox.ended and cancel.is_set():
-                cancelled_at = cancelled_at or last
-                if self._lane.drop(job) or last - cancelled_at > STOP_GRACE_S:
-                    reply = replace(reply, stage="done", finish_reason="cancel")
-            yield reply
-            if reply.stage == "done":
-                return
-
-    def _before(self, job: Job) -> Reply:
-        """What to show before there is anything to show of the answer."""
-        ahead, status = self._lane.ahead(job), self.status
-        if status.stage == "loading":
-            return Reply(stage="loading", progress=status.progress, note=status.note)
-        return Reply(stage="waiting", ahead=ahead)
 
     def _work(
         self,
         chat: Chat,
-        request: Callable[[], _Request],
+        request: Callable[[], Request],
         settings: Settings,
         cancel: threading.Event,
-        mailbox: _Mailbox,
+        mailbox: Mailbox,
     ) -> None:
         """The job: runs in the lane, and whatever happens, `mailbox` ends with a last reply or an error."""
         try:
             if cancel.is_set():
-                mailbox.put(Reply(stage="done", finish_reason="cancel"))
-            else:
-                self._turn(self._load(), chat, request(), settings, cancel, mailbox)
+                raise Cancelled
+            self.turn(self.models.get(), chat, request(), settings, cancel, mailbox.put)
+        except Cancelled:
+            mailbox.put(Reply(stage="done", finish_reason="cancel"))
         except EngineError as error:
             mailbox.put(error)
         except Exception as error:
             log.exception("an answer failed")
-            mailbox.put(EngineError(_plain(error)))
+            mailbox.put(EngineError(plain(error)))
+        finally:
+            if chat.closed:
+                chat.close()
 
-    def _turn(
+    def turn(
         self,
         backend: Backend,
         chat: Chat,
-        request: _Request,
+        request: Request,
         settings: Settings,
         cancel: threading.Event,
-        mailbox: _Mailbox,
+        put: Callable[[Reply], None],
     ) -> None:
+        """Answer with a model and commit the turn; runs in the lane. `put` gets a reply for every token and one with
+        stage "done".  Raises: what the model raises; `chat` is then as it was."""
+        put(Reply(stage="reading"))
+        parent = request.parent
+        state, resumed = self.state_after(backend, parent, cancel)
         started = time.monotonic()
-        mailbox.put(Reply(stage="reading"))
-        before = chat.state_before(request.index)
-        state = backend.new_state() if before is None else before.clone()
-        tiles = [backend.tile(_open(image, i), settings.max_tiles or None) for i, image in enumerate(request.images)]
-        images_before = sum(len(turn.images) for turn in chat.turns[: request.index])
-        num_tiles = [len(t) for t in tiles]
-        ids = backend.encode(request.text, num_tiles, first=before is None, images_before=images_before)
+        path = parent.path if parent else []
+        ids, tiles = self._encode(backend, path, request.text, request.images, settings.max_tiles, settings.system)
+        num_tiles = tuple(len(t) for t in tiles)
         prepared_ms = 1000 * (time.monotonic() - started)
         reply = Reply(stage="writing")
         for event in backend.stream(ids, tiles, state, settings, cancel):
@@ -278,45 +351,60 @@ class Engine:
                 text_tokens=state.num_text_tokens,
                 image_tokens=state.num_image_tokens,
                 state_bytes=state.nbytes,
+                recurrent_bytes=state.recurrent_nbytes,
+                cache_bytes=state.cache_nbytes,
+                image_tiles=num_tiles,
+                resumed=resumed,
             )
             reply = Reply(event.reply, "writing", metrics=metrics, finish_reason=event.finish_reason)
             if event.finish_reason is None:
-                mailbox.put(reply)
+                put(reply)
         if reply.finish_reason is None:
             raise RuntimeError("the model's stream ended without a finish_reason")
         if reply.text or reply.finish_reason != "cancel":
-            turn = Turn(request.text, request.images, reply.text, reply.finish_reason, reply.metrics, state)
-            chat.commit(request.index, turn)
-            self.chats.trim()
-        mailbox.put(replace(reply, stage="done"))
+            turn = Turn(
+                request.text,
+                request.images,
+                reply.text,
+                reply.finish_reason,
+                reply.metrics,
+                None if parent else settings.system,
+                settings.max_tiles,
+                parent,
+            )
+            before = parent.snapshots.get(backend.key) if parent else None
+            turn.snapshots[backend.key] = self.chats.states.keep(state, backend.mover, before)
+            chat.commit(turn)
+        put(replace(reply, stage="done"))
+
+    def _encode(
+        self,
+        backend: Backend,
+        path: Sequence[Turn],
+        text: str,
+        images: Sequence[str | Path],
+        max_tiles: int,
+        system: str | None,
+    ) -> tuple[list[int], list[Any]]:
+        """Ids and tiles of a message that follows the turns of `path`."""
+        tiles = [backend.tile(open_image(image, i), max_tiles or None) for i, image in enumerate(images)]
+        ids = backend.encode(
+            text,
+            [len(t) for t in tiles],
+            first=not path,
+            images_before=sum(len(turn.images) for turn in path),
+            system=system if not path else None,
+        )
+        return ids, tiles
 
     def _load_quietly(self) -> None:
         try:
-            self._load()
+            self.models.get()
         except EngineError:
             log.warning("the model is not loaded; the next message tries again")
 
-    def _load(self) -> Backend:
-        """The model, loaded if it is not yet. A failed load is tried again by the next message."""
-        if self._backend is None:
-            self.status = LoadStatus("loading", 0.0, "starting")
 
-            def progress(fraction: float, note: str) -> None:
-                self.status = LoadStatus("loading", min(max(fraction, 0.0), 1.0), note)
-
-            try:
-                self._backend = self._loader(self.model, self.device, self.dtype, progress)
-            except Exception as error:
-                log.exception("loading the model failed")
-                reason = str(error) if isinstance(error, OSError) else _plain(error)
-                note = f"could not be loaded: {_without_folders(reason)}"
-                self.status = LoadStatus("failed", 0.0, note)
-                raise EngineError(f'The model "{Path(self.model).name}" {note}') from error
-            self.status = LoadStatus("ready", 1.0, "")
-        return self._backend
-
-
-def _open(image: str | Path, index: int) -> Any:
+def open_image(image: str | Path, index: int | None = None) -> Any:
     """Decode an image. Raises: EngineError that names the file."""
     from mmmamba.image import ImageError, load_image
 
@@ -326,17 +414,3 @@ def _open(image: str | Path, index: int) -> Any:
     except ImageError as error:
         message = str(error).replace(str(image), name)
         raise EngineError(message if name in message else f"{name}: {message}", image=index) from error
-
-
-def _plain(error: Exception) -> str:
-    """An unexpected fault in words for the person at the page; the log has the rest."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-        return "There is not enough memory for this. Use fewer or smaller images, fewer tiles, or a new chat."
-    if isinstance(error, ValueError):
-        return _without_folders(str(error))
-    return "Something went wrong inside the model; the conversation is as it was. The server's log has the details."
-
-
-def _without_folders(text: str) -> str:
-    """Absolute paths cut to their last part: where things lie on the server is not for its visitors."""
-    return re.sub(r"""(?<![\w:/.])(?:[A-Z]:\\|/)(?:[^\s/\\:;,"']+[/\\])+(?=[^\s/\\:;,"'])""", "", text)

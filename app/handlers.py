@@ -1,17 +1,24 @@
-"""What the page's and the endpoint's events do: the engine's replies turned into updates of components."""
+"""What the chat's events do: the engine's replies turned into updates of components."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import views
-from app.chat import Chat, Key, Metrics, new_session_id
-from app.engine import Engine, EngineError, Reply, Settings
+from app import saving, views
+from app.boxes import draw_places, find_places
+from app.chat import Chat, Key, Metrics, Turn, new_session_id
+from app.engine import Engine, EngineError, Reply, Settings, open_image
+from app.options import Options
+from app.scratch import scratch_folder
+from app.video import Frames, pictures
 
 log = logging.getLogger(__name__)
 
@@ -20,89 +27,94 @@ UNEXPECTED = "Something went wrong on the server. Nothing of the conversation is
 BUSY = "An answer is being written. Wait for it, or stop it first."
 NOTHING_YET = "Stopped before the first word; the conversation is as it was."
 FORGOTTEN = "The server no longer held the earlier conversation (too long unused, or restarted): this is a new one."
+RESTORED = "This is the conversation that this browser kept. The next question reads it again, once."
 
-# Updates of (box, chat, meter, notice), in this order.
-Update = tuple[Any, Any, Any, Any]
+KEEP_NOTHING = "nothing"  # gr.BrowserState leaves what it has at an empty value
+
+# Updates of (box, chat, meter, notice, branch), in this order.
+Update = tuple[Any, Any, Any, Any, Any]
 
 
 def box_locked() -> Any:
     return gr.MultimodalTextbox(value={"text": "", "files": []}, interactive=False, submit_btn=False, stop_btn=True)
 
 
-def box_open(text: str | None = None, files: list[str] | None = None) -> Any:
+def box_open(text: str | None = None, files: Sequence[str] | None = None) -> Any:
     """The message box ready to type in; with `text`, also what it holds."""
-    value: dict[str, Any] = {} if text is None else {"value": {"text": text, "files": files or []}}
+    value: dict[str, Any] = {} if text is None else {"value": {"text": text, "files": list(files or [])}}
     return gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False, **value)
 
 
 class Handlers:
     """Events of one page, over one engine. A tab's conversation is keyed by its session, so nothing travels twice."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, options: Options) -> None:
+        self.engine, self.options = engine, options
+        self._opened: set[Key] = set()  # tabs that had a conversation: without one now, the server let it go
 
-    # The page
+    # Answers
 
     def ask(
-        self,
-        message: dict[str, Any] | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
-        max_tiles: float,
-        greedy: bool,
-        request: gr.Request,
+        self, message: dict[str, Any] | None, frames: float, request: gr.Request, *options: Any
     ) -> Iterator[Update]:
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        settings = _settings(temperature, top_p, max_new_tokens, max_tiles, greedy)
-        yield from self._ask(text, files, settings, request)
+        yield from self._ask(text, files, request, options, int(frames))
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[Update]]:
         """What the button of an example does. Nothing that a browser sends names its file."""
 
-        def ask_example(
-            temperature: float,
-            top_p: float,
-            max_new_tokens: float,
-            max_tiles: float,
-            greedy: bool,
-            request: gr.Request,
-        ) -> Iterator[Update]:
-            settings = _settings(temperature, top_p, max_new_tokens, max_tiles, greedy)
-            yield from self._ask(question, files, settings, request)
+        def ask_example(request: gr.Request, *options: Any) -> Iterator[Update]:
+            yield from self._ask(question, files, request, options)
 
         return ask_example
 
-    def _ask(self, text: str, files: list[str], settings: dict[str, Any], request: gr.Request) -> Iterator[Update]:
+    def _ask(
+        self, text: str, files: list[str], request: gr.Request, options: Sequence[Any], frames: int = 1
+    ) -> Iterator[Update]:
         key = _key(request)
-        note = "" if self.engine.chats.get(key) else FORGOTTEN
+        note = FORGOTTEN if key in self._opened and self.engine.chats.get(key) is None else ""
         chat = self._chat(key)
         if files and not text.strip():
             text = ASK_WITHOUT_WORDS
+        sampled: list[Frames] = []
+
+        def start() -> Iterator[Reply]:
+            images, found = pictures(files, frames)
+            sampled.extend(found)
+            if found:
+                above[-1] = views.user_message(text, images)
+            return self.engine.reply(chat, text, images, Settings.from_dict(self.options.values(options)))
+
+        above = [*views.messages(chat), views.user_message(text, files)]
         yield from self._show(
             key,
-            lambda: self.engine.reply(chat, text, files, Settings.from_dict(settings)),
-            [*views.messages(chat), views.user_message(text, files)],
+            start,
+            above,
             lambda bad: box_open(text, [file for i, file in enumerate(files) if i != bad]),
-            note,
+            lambda: " ".join([note, *map(str, sampled)]).strip(),
         )
 
-    def retry(
-        self,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
-        max_tiles: float,
-        greedy: bool,
-        request: gr.Request,
-    ) -> Iterator[Update]:
+    def retry(self, retried: gr.RetryData, request: gr.Request, *options: Any) -> Iterator[Update]:
+        """Answer a message again; the old answer stays as a branch."""
+        yield from self._again(turn_index(retried.index), None, request, options)
+
+    def edit(self, edited: gr.EditData, request: gr.Request, *options: Any) -> Iterator[Update]:
+        """Answer a message in other words, from the state before it; what followed stays as a branch."""
+        text = edited.value if isinstance(edited.value, str) else str(edited.value)
+        yield from self._again(turn_index(edited.index), text, request, options)
+
+    def _again(self, index: int, text: str | None, request: gr.Request, options: Sequence[Any]) -> Iterator[Update]:
         key = _key(request)
         chat = self._chat(key)
-        settings = _settings(temperature, top_p, max_new_tokens, max_tiles, greedy)
+        turns = chat.turns
+        above = views.messages(chat, index)
+        if index < len(turns):
+            turn = turns[index]
+            above.append(views.user_message(turn.text if text is None else text, turn.images))
         yield from self._show(
             key,
-            lambda: self.engine.retry(chat, Settings.from_dict(settings)),
-            views.messages(chat)[:-1],
+            lambda: self.engine.retry(chat, Settings.from_dict(self.options.values(options)), index=index, text=text),
+            above,
             lambda bad: box_open(),
         )
 
@@ -112,7 +124,7 @@ class Handlers:
         start: Callable[[], Iterator[Reply]],
         above: list[views.Message],
         give_back: Callable[[int | None], Any],
-        note: str = "",
+        note: Callable[[], str] = lambda: "",
     ) -> Iterator[Update]:
         """Lock the box, stream the answer, and open the box whatever happens.
 
@@ -121,9 +133,9 @@ class Handlers:
         """
         chat = self._chat(key)
         if chat.busy:
-            yield gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY)
+            yield gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY), gr.skip()
             return
-        yield box_locked(), above, gr.skip(), ""
+        yield box_locked(), above, gr.skip(), "", gr.skip()
         reply, shown, metrics, bad = Reply(), "", Metrics(), None
         try:
             for reply in start():
@@ -134,7 +146,7 @@ class Handlers:
                 history = gr.skip() if text == shown else [*above, _assistant(text)]
                 figures = gr.skip() if reply.metrics in (metrics, Metrics()) else self._meter(reply.metrics)
                 shown, metrics = text, reply.metrics
-                yield gr.skip(), history, figures, gr.skip()
+                yield gr.skip(), history, figures, gr.skip(), gr.skip()
         except EngineError as error:
             fault, bad = str(error), error.image
         except Exception:
@@ -145,32 +157,74 @@ class Handlers:
         now = self.engine.chats.get(key)
         if now is None:
             return  # the tab is closed
-        last = now.turns[-1].metrics if now.turns else Metrics()
         if now is not chat:
             # Cleared meanwhile. Said once more, as the browser gets this generator's last update after that of `clear`.
-            yield box_open(), views.messages(now), self._meter(last), ""
+            yield self._all(now, box_open())
         elif fault:
-            yield give_back(bad), views.messages(chat), self._meter(last), views.notice(fault)
+            yield self._all(chat, give_back(bad), fault)
         else:
-            answer = _assistant(views.reply_text(reply))
-            yield box_open(), [*above, answer], self._meter(reply.metrics), views.notice(note)
+            if chat.head is not None and chat.head.reply == reply.text:
+                draw_named(chat.head)
+            answer = views.answer(reply.text, chat.head.drawn if chat.head else None)
+            yield box_open(), [*above, answer], self._meter(reply.metrics), views.notice(note()), self._branch(chat)
+
+    def _all(self, chat: Chat, box: Any, note: str = "") -> Update:
+        """Everything as the conversation has it."""
+        last = chat.head.metrics if chat.head else Metrics()
+        return box, views.messages(chat), self._meter(last), views.notice(note), self._branch(chat)
+
+    def _branch(self, chat: Chat) -> Any:
+        names = views.branch_names(chat)
+        return gr.Dropdown(choices=names, value=views.branch_of(chat), visible=len(names) > 1)
+
+    # Going back and forth
 
     def stop(self, request: gr.Request) -> None:
         self._chat(_key(request)).stop()
 
+    def undo(self, undone: gr.UndoData, request: gr.Request) -> Update:
+        """Go back to before a message, which returns to the box; what was said stays as a branch."""
+        chat = self._chat(_key(request))
+        turns, index = chat.turns, turn_index(undone.index)
+        if chat.busy or not 0 <= index < len(turns):
+            return gr.skip(), views.messages(chat), gr.skip(), views.notice(BUSY if chat.busy else ""), gr.skip()
+        chat.go_back(index)
+        return self._all(chat, box_open(turns[index].text, [str(image) for image in turns[index].images]))
+
+    def pick(self, index: int | None, request: gr.Request) -> Update:
+        """Stand at the end of another branch."""
+        chat = self._chat(_key(request))
+        if chat.busy or index is None:
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if chat.busy else ""), self._branch(chat)
+        chat.go_to(int(index))
+        return self._all(chat, gr.skip())
+
     def clear(self, request: gr.Request) -> Update:
-        self.engine.chats.new(_key(request))
-        return box_open("", []), [], self._meter(Metrics()), ""
+        return self._all(self.engine.chats.new(_key(request)), box_open("", []))
 
     def forget(self, request: gr.Request) -> None:
         """The tab was closed."""
+        self._opened.discard(_key(request))
         self.engine.chats.drop(_key(request))
 
-    def opened(self, request: gr.Request) -> tuple[str, str]:
-        """A tab was opened: start loading the model."""
-        self.engine.chats.new(_key(request))
+    def opened(self, kept: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """A tab was opened: start loading the model, and show what the browser kept. Whoever was quicker and has asked
+        something already keeps that."""
+        key = _key(request)
+        self._opened.add(key)
         self.engine.warm()
-        return self.status(), self._meter(Metrics())
+        chat = self._chat(key)
+        if chat.busy or chat.turns:
+            return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        note = ""
+        if kept and kept != KEEP_NOTHING:
+            try:
+                saving.fill(chat, json.loads(kept), self.engine.limits)
+                note = RESTORED if chat.turns else ""
+            except (EngineError, ValueError):
+                log.warning("what a browser kept could not be read; it starts anew")
+        _, history, meter, notice, branch = self._all(chat, None, note)
+        return self.status(), history, meter, notice, branch
 
     def tick(self) -> tuple[Any, Any]:
         """Progress of loading; ends the timer with it."""
@@ -184,6 +238,90 @@ class Handlers:
 
     def _chat(self, key: Key) -> Chat:
         return self.engine.chats.get(key) or self.engine.chats.new(key)
+
+    # Keeping and opening
+
+    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str:
+        """What the browser keeps of the conversation: nothing if it is not to, or if it is too large."""
+        chat = self.engine.chats.get(_key(request))
+        if not keep or chat is None:
+            return KEEP_NOTHING
+        return saving.for_browser(chat, self.options.values(options)) or KEEP_NOTHING
+
+    def save(self, how: str, request: gr.Request, *options: Any) -> tuple[Any, Any]:
+        """(download, notice): the conversation as a file."""
+        chat = self._chat(_key(request))
+        try:
+            path = self._file(chat, how, self.options.values(options))
+        except EngineError as error:
+            return gr.skip(), views.notice(str(error))
+        return gr.DownloadButton(value=str(path)), ""
+
+    def _file(self, chat: Chat, how: str, settings: dict[str, Any]) -> Path:
+        if not chat.turns:
+            raise EngineError("There is nothing to save yet: the conversation is empty.")
+        folder = scratch_folder("saved")
+        record = saving.to_dict(chat, settings, self.engine.info)
+        if how == "markdown":
+            path = folder / "conversation.md"
+            path.write_text(saving.to_markdown(chat, f"A conversation with {record['model'] or 'mmMamba'}"), "utf-8")
+        elif how == "state":
+            path = folder / "conversation.mmmamba"
+            self.engine.save_state(
+                chat, lambda info, state: saving.write_with_state(path, saving.to_dict(chat, settings, info), state)
+            )
+        else:
+            path = folder / "conversation.json"
+            path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        return path
+
+    def open(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """(*page, *options): go on with a saved conversation; the one that was there stays if the file cannot be
+        used."""
+        same = [gr.skip()] * len(self.options.NAMES)
+        key = _key(request)
+        chat = self._chat(key)
+        if not file or chat.busy:
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if file else ""), gr.skip(), *same
+        opened = Chat(self.engine.chats.states)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                record, state = saving.read_file(Path(file), Path(folder))
+                settings = saving.fill(opened, record, self.engine.limits)
+                note = "Opened. The next question reads the conversation again, once."
+                if state is not None:
+                    ms = self.engine.adopt_state(opened, state, lambda info: saving.check_model(record, info))
+                    note = f"Opened with its memory in {ms:.0f} ms: nothing has to be read again."
+        except EngineError as error:
+            opened.close()
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(str(error)), gr.skip(), *same
+        except Exception:
+            log.exception("a saved conversation could not be opened")
+            opened.close()
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(UNEXPECTED), gr.skip(), *same
+        self.engine.chats.put(key, opened)
+        return *self._all(opened, box_open("", []), note), *self.options.restore(settings)
+
+    # The model
+
+    def need(self, model: str | None, dtype: str | None) -> str:
+        """What loading a model would take, said before it is loaded."""
+        need = self.engine.models.need(model or "", dtype or "auto")  # type: ignore[arg-type]
+        return views.note("" if need is None else f"{need}.".capitalize() if need.fits else f"Does not fit: {need}.")
+
+    def switch(self, model: str | None, dtype: str) -> Iterator[tuple[Any, Any, Any]]:
+        """(button, status, notice) while another model is loaded; the old one stays if that fails."""
+        yield gr.Button(interactive=False), gr.skip(), ""
+        fault = ""
+        try:
+            for status in self.engine.switch(model or "", dtype):  # type: ignore[arg-type]
+                yield gr.skip(), views.model_status(status, None, model or ""), gr.skip()
+        except EngineError as error:
+            fault = f"{error} {Path(self.engine.model).name} goes on answering."
+        except Exception:
+            log.exception("switching the model failed")
+            fault = UNEXPECTED
+        yield gr.Button(interactive=True), self.status(), views.notice(fault)
 
     # The endpoint
 
@@ -207,7 +345,14 @@ class Handlers:
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
         chat: Chat | None = None
         try:
-            settings = _settings(temperature, top_p, max_new_tokens, max_tiles, greedy) | {"seed": seed}
+            settings = {
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+                "max_tiles": max_tiles,
+                "greedy": greedy,
+                "seed": seed,
+            }
             session_id = str(session_id or "").strip()
             chat = self.engine.chats.get(("api", session_id)) if session_id else None
             if session_id and chat is None:
@@ -230,16 +375,25 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from error
 
 
-def _settings(
-    temperature: float, top_p: float, max_new_tokens: float, max_tiles: float, greedy: bool
-) -> dict[str, Any]:
-    return {
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "max_tiles": max_tiles,
-        "greedy": greedy,
-    }
+def turn_index(index: int | tuple[int, ...] | list[int]) -> int:
+    """The turn of a message of the Chatbot: a question and its answer are two, and one with pictures has parts."""
+    message = index if isinstance(index, int) else index[0]
+    return int(message) // 2
+
+
+def draw_named(turn: Turn) -> None:
+    """Draw the places that an answer names on the newest picture; says nothing if that picture is gone."""
+    places = find_places(turn.reply)
+    image = next((turn.images[-1] for turn in reversed(turn.path) if turn.images), None)
+    if not places or image is None:
+        return
+    try:
+        picture = draw_places(open_image(image), places)
+    except EngineError:
+        return
+    path = scratch_folder("boxes") / f"{Path(image).stem}-boxes.png"
+    picture.save(path)
+    turn.drawn = str(path)
 
 
 def _assistant(text: str) -> views.Message:

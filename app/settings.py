@@ -22,7 +22,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer. `max_tiles` 0 is what the model was made for; `greedy` ignores temperature, top_p and seed.
+    """How to answer. `max_tiles` 0 is what the model was made for, `top_k` 0 and `min_p` 0 are off; `greedy` leaves of
+    sampling only the penalty. `system` opens a new conversation; None is the model's own opening.
 
     Raises: EngineError naming the setting, its value and what fits.
     """
@@ -33,9 +34,13 @@ class Settings:
     max_tiles: int = 0
     greedy: bool = False
     seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    system: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_tiles", "seed"):
+        for name in ("max_new_tokens", "max_tiles", "seed", "top_k"):
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
@@ -48,6 +53,9 @@ class Settings:
             ("max_new_tokens", 1, math.inf),
             ("max_tiles", 0, math.inf),
             ("seed", 0, 2**63 - 1),
+            ("top_k", 0, math.inf),
+            ("min_p", 0.0, 0.99),
+            ("repetition_penalty", 0.5, 2.0),
         ):
             value = getattr(self, name)
             if value is None:
@@ -57,6 +65,8 @@ class Settings:
                 raise EngineError(f"{name} is {value!r}; use {fits}.")
         if not isinstance(self.greedy, bool):
             raise EngineError(f"greedy is {self.greedy!r}; use true or false.")
+        if self.system is not None and not isinstance(self.system, str):
+            raise EngineError(f"system is {self.system!r}; use a text.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:

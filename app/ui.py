@@ -1,26 +1,34 @@
-"""Layout of the page and wiring of its events; what they do is in `handlers`."""
+"""Layout of the page and wiring of its events; what they do is in `handlers` and `panel`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import views
+from app import panel, views
+from app.backend import DTYPES
 from app.chat import Metrics
 from app.engine import Engine, Limits, Settings
-from app.handlers import Handlers
+from app.handlers import KEEP_NOTHING, Handlers, box_open
+from app.models import TEACHERS, sides_of
+from app.options import Options
 from app.theme import CSS_PATH, theme
+from app.video import EXTENSIONS
 
 EXAMPLES_DIR = Path(__file__).with_name("examples")
-# (file in EXAMPLES_DIR, question)
+# (file in EXAMPLES_DIR, question): what the small model can really do.
 EXAMPLES = (
     ("shapes.png", "How many circles are there?"),
+    ("shapes.png", "What colour is the square?"),
     ("scene.png", "Describe the picture."),
+    ("scene.png", "Are there more triangles than stars?"),
     ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
 )
+COMPARED = (("scene.png", "Describe the picture."), ("shapes.png", "How many circles are there?"))
 INTRO = (
     "Ask about a picture. mmMamba reads images and words into a memory of constant size: "
     "the conversation grows, the memory and the time for each word do not."
@@ -28,126 +36,205 @@ INTRO = (
 HELLO = (
     '<div class="hello"><b>Upload or paste a picture and ask about it,</b><br>or begin with one of the examples.</div>'
 )
-# Names for screen readers where Gradio leaves them out: the message box, and pictures in the conversation.
-NAME_PARTS = """() => {
+# Names for screen readers where Gradio leaves them out, and Escape, which stops what is being written.
+ON_LOAD = """() => {
     const name = () => {
         document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
+        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to both models");
         for (const picture of document.querySelectorAll('#chat img[alt=""]'))
             picture.alt = decodeURIComponent(picture.src.split("/").pop());
     };
     name();
     new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+    document.addEventListener("keydown", (event) => {
+        if (event.key !== "Escape") return;
+        for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))
+            if (stop.offsetParent !== null && !stop.disabled) stop.click();
+    });
 }"""
 FOCUS = "() => document.querySelector('#box textarea')?.focus({ preventScroll: true })"
-MAX_FILE_SIZE = "20mb"  # as mmmamba.image takes them
-SLIDER: dict[str, Any] = {"buttons": []}
+DOWNLOAD = "() => setTimeout(() => document.querySelector('#download')?.click(), 300)"
+LATEX: list[dict[str, str | bool]] = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+MAX_FILE_SIZE = "64mb"  # saved conversations; images are held to 20 MB by mmmamba.image
+STORED = "mmmamba-conversation"
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def build(engine: Engine) -> gr.Blocks:
+@dataclass(frozen=True)
+class PageOptions:
+    """What the page offers. `teacher` None is the known one of the model, "" leaves the comparison out; `switch` lets
+    visitors load other models for everybody; `contexts` keeps states of grown contexts for later starts."""
+
+    teacher: str | None = None
+    switch: bool = True
+    contexts: Path | None = None
+
+
+def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
     """The page over `engine`, not yet launched. Loads no model: that starts when a tab is opened."""
-    handlers = Handlers(engine)
+    page = page or PageOptions()
+    options = Options(engine.limits)
+    handlers = Handlers(engine, options)
+    sides = sides_of(engine.model, page.teacher)
     with gr.Blocks(title="mmMamba", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# mmMamba\n{INTRO}", elem_id="intro")
             status = gr.HTML(handlers.status(), elem_id="model")
-        with gr.Row(elem_id="main"):
-            with gr.Column(scale=5, min_width=320, elem_id="talk"):
-                chat = gr.Chatbot(
-                    elem_id="chat",
-                    label="Conversation",
-                    show_label=False,
-                    height=None,  # style.css has it
-                    buttons=["copy"],
-                    allow_file_downloads=False,
-                    placeholder=HELLO,
-                )
-                meter = gr.HTML(views.meter(Metrics(), None), elem_id="meter")
-                notice = gr.HTML("", elem_id="notice")
-                box = gr.MultimodalTextbox(
-                    elem_id="box",
-                    label="Your message",
-                    show_label=False,
-                    placeholder="Ask about a picture …",
-                    sources=["upload"],
-                    file_types=["image"],
-                    file_count="multiple",
-                    max_lines=8,
-                    max_plain_text_length=engine.limits.max_text_chars,
-                )
-            with gr.Column(scale=2, min_width=280, elem_id="side"):
-                clear = gr.Button("New chat", elem_id="clear")
-                with gr.Row(elem_id="examples"):
-                    examples = [
-                        gr.Button(
-                            question, icon=EXAMPLES_DIR / name, elem_id=f"example-{Path(name).stem}", min_width=110
-                        )
-                        for name, question in EXAMPLES
-                    ]
-                with gr.Accordion("Settings", open=True, elem_id="settings"):
-                    options = _options(engine.limits)
-        page = [box, chat, meter, notice]
-        _wire(demo, handlers, page, options, examples, clear, status)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Chat", id="chat"), gr.Row(elem_id="main"):
+                inputs = _chat(demo, handlers, page, status)
+            compare = panel.Panel(engine, sides, options, page.contexts)
+            if len(sides) > 1:
+                with gr.Tab("Compare with the teacher", id="compare", elem_id="compare-tab"):
+                    panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
+        demo.unload(handlers.forget)
+        demo.unload(compare.forget)
         _endpoint(handlers, engine.limits)
+        timer = gr.Timer(0.5)
+        timer.tick(handlers.tick, None, [status, timer], queue=False, **PRIVATE)
     demo.queue(max_size=64, default_concurrency_limit=24)
     return demo
 
 
-def _wire(
-    demo: gr.Blocks,
-    handlers: Handlers,
-    page: list[Any],
-    options: list[Any],
-    examples: list[gr.Button],
-    clear: gr.Button,
-    status: gr.HTML,
-) -> None:
-    box, chat, meter, _ = page
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTML) -> list[Any]:
+    """The tab of the chat; returns the components of the options."""
+    limits = handlers.engine.limits
+    with gr.Column(scale=5, min_width=320, elem_id="talk"):
+        # Not inside an accordion: what is folded away is not there for the browser, and would keep nothing. The secret
+        # is none: it is the visitor's own conversation on their own machine.
+        store = gr.BrowserState(None, storage_key=STORED, secret=STORED)
+        branch = gr.Dropdown([], label="Branch", elem_id="branch", visible=False, interactive=True)
+        chat = gr.Chatbot(
+            elem_id="chat",
+            label="Conversation",
+            show_label=False,
+            height=None,  # style.css has it
+            buttons=["copy"],
+            allow_file_downloads=False,
+            editable="user",
+            latex_delimiters=LATEX,
+            placeholder=HELLO,
+        )
+        meter = gr.HTML(views.meter(Metrics(), None), elem_id="meter")
+        notice = gr.HTML("", elem_id="notice")
+        box = gr.MultimodalTextbox(
+            elem_id="box",
+            label="Your message",
+            show_label=False,
+            placeholder="Ask about a picture …",
+            sources=["upload"],
+            file_types=["image", *EXTENSIONS],
+            file_count="multiple",
+            max_lines=8,
+            max_plain_text_length=limits.max_text_chars,
+        )
+    with gr.Column(scale=2, min_width=280, elem_id="side"):
+        clear = gr.Button("New chat", elem_id="clear")
+        with gr.Row(elem_id="examples"):
+            examples = [
+                gr.Button(question, icon=EXAMPLES_DIR / name, elem_id=f"example-{elem_id}", min_width=110)
+                for elem_id, (name, question) in zip(_example_ids(), EXAMPLES, strict=True)
+            ]
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            inputs = handlers.options.layout()
+            frames = gr.Slider(
+                1, limits.max_images, min(4, limits.max_images), step=1, label="Frames of a video", buttons=[]
+            )
+        with gr.Accordion("Camera", open=False, elem_id="camera"):
+            camera = gr.Image(type="filepath", sources=["webcam"], label="Camera", height=220)
+            use = gr.Button("Put it into the message", elem_id="camera-use")
+        with gr.Accordion("Save and open", open=False, elem_id="keep"):
+            keep = _keeping(handlers, [box, chat, meter, notice, branch], inputs, store)
+        if page.switch:
+            with gr.Accordion("Model", open=False, elem_id="switch"):
+                _switching(handlers, status, notice)
+    shown = [box, chat, meter, notice, branch]
     # Each of these opens the box itself, whatever happens. Their order is kept by the engine, not by Gradio's queue.
     answers = [
-        box.submit(handlers.ask, [box, *options], page, **private),
-        chat.retry(handlers.retry, options, page, **private),
+        box.submit(handlers.ask, [box, frames, *inputs], shown, **PRIVATE),
+        chat.retry(handlers.retry, inputs, shown, **PRIVATE),
+        chat.edit(handlers.edit, inputs, shown, **PRIVATE),
     ]
     for button, (name, question) in zip(examples, EXAMPLES, strict=True):
-        ask = handlers.example(question, [str(EXAMPLES_DIR / name)])
-        answers.append(button.click(ask, options, page, **private))
+        answers.append(button.click(handlers.example(question, [str(EXAMPLES_DIR / name)]), inputs, shown, **PRIVATE))
     for answer in answers:
-        answer.success(None, js=FOCUS, **private)
-    box.stop(handlers.stop, queue=False, **private)
-    clear.click(handlers.clear, None, page, queue=False, **private)
-    chat.clear(handlers.clear, None, page, queue=False, **private)
-    timer = gr.Timer(0.5)
-    timer.tick(handlers.tick, None, [status, timer], queue=False, **private)
-    demo.load(handlers.opened, None, [status, meter], queue=False, js=NAME_PARTS, **private)
-    demo.unload(handlers.forget)
-
-
-def _options(limits: Limits) -> list[Any]:
-    """Inputs for how to answer, in the order of the handlers' parameters."""
-    default = Settings()
-    return [
-        gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="Higher is more varied", **SLIDER),
-        gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p", info="Likeliest words up to this sum", **SLIDER),
-        gr.Slider(
-            1,
-            limits.max_new_tokens,
-            min(default.max_new_tokens, limits.max_new_tokens),
-            step=1,
-            label="Max new tokens",
-            info="Longest answer",
-            **SLIDER,
-        ),
-        gr.Slider(
-            0,
-            limits.max_tiles,
-            default.max_tiles,
-            step=1,
-            label="Max tiles",
-            info="Pieces of a picture; 0: as trained",
-            **SLIDER,
-        ),
-        gr.Checkbox(default.greedy, label="Greedy", info="Always the likeliest word"),
+        answer.success(None, js=FOCUS, **PRIVATE)
+        answer.success(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    box.stop(handlers.stop, queue=False, **PRIVATE)
+    for event in (clear.click, chat.clear):
+        event(handlers.clear, None, shown, queue=False, **PRIVATE).success(
+            lambda: KEEP_NOTHING, None, store, queue=False, **PRIVATE
+        )
+    back = [
+        chat.undo(handlers.undo, None, shown, queue=False, **PRIVATE),
+        branch.input(handlers.pick, branch, shown, queue=False, **PRIVATE),
     ]
+    for event in back:
+        event.success(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
+    demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
+    demo.load(None, js=ON_LOAD, **PRIVATE)
+    return inputs
+
+
+def _example_ids() -> list[str]:
+    """`shapes`, `shapes-2`, ...: the picture's name, numbered where it comes again."""
+    stems = [Path(name).stem for name, _ in EXAMPLES]
+    return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
+
+
+def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any], store: gr.BrowserState) -> gr.Checkbox:
+    """Files of the conversation, and what the browser keeps of it."""
+    notice = shown[3]
+    how = gr.Radio(
+        [("JSON", "json"), ("Markdown", "markdown"), ("With its memory", "state")],
+        value="json",
+        label="Save as",
+        info="With its memory: goes on at once, on any machine with this model",
+        elem_id="save-how",
+    )
+    save = gr.Button("Save the conversation", elem_id="save")
+    download = gr.DownloadButton("Download", elem_id="download")
+    opened = gr.UploadButton("Open a saved conversation", file_types=[".json", ".mmmamba"], elem_id="open")
+    keep = gr.Checkbox(
+        True, label="Keep it in this browser", info="For a reload; New chat forgets it", elem_id="remember"
+    )
+    save.click(handlers.save, [how, *inputs], [download, notice], **PRIVATE).success(None, js=DOWNLOAD, **PRIVATE)
+    opened.upload(handlers.open, opened, [*shown, *inputs], **PRIVATE)
+    keep.input(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    return keep
+
+
+def _switching(handlers: Handlers, status: gr.HTML, notice: gr.HTML) -> None:
+    """Another model or precision, for everybody on this server."""
+    known = sorted({*TEACHERS, *TEACHERS.values()} - {"nano"})
+    model = gr.Dropdown(
+        known,
+        value=handlers.engine.model if handlers.engine.model in known else "nano-linear",
+        allow_custom_value=True,
+        label="Model",
+        info="Bundled name, directory or hub id",
+        elem_id="switch-model",
+    )
+    dtype = gr.Dropdown(list(DTYPES), value="auto", label="Precision", elem_id="switch-dtype")
+    need = gr.HTML("", elem_id="switch-need")
+    load = gr.Button("Load", elem_id="switch-load")
+    gr.on([model.input, dtype.input], handlers.need, [model, dtype], need, queue=False, **PRIVATE)
+    load.click(handlers.need, [model, dtype], need, queue=False, **PRIVATE).then(
+        handlers.switch, [model, dtype], [load, status, notice], **PRIVATE
+    )
+
+
+def _add_picture(picture: str | None, message: dict[str, Any] | None) -> Any:
+    """The camera's picture beside what is in the message box already."""
+    if not picture:
+        return gr.skip()
+    message = message or {}
+    return box_open(message.get("text") or "", [*(message.get("files") or []), picture])
 
 
 def _endpoint(handlers: Handlers, limits: Limits) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from app.backend import ModelInfo
+from app.boxes import without_marks
 from app.chat import Chat, Metrics
 from app.engine import LoadStatus, Reply
+from app.panel_views import waiting
 
 Message = dict[str, Any]
 
@@ -30,17 +32,38 @@ def messages(chat: Chat, upto: int | None = None) -> list[Message]:
     out: list[Message] = []
     for turn in chat.turns[:upto]:
         out.append(user_message(turn.text, turn.images))
-        out.append({"role": "assistant", "content": turn.reply or "*(no answer)*"})
+        out.append(answer(turn.reply, turn.drawn))
     return out
+
+
+def answer(text: str, drawn: str | None = None) -> Message:
+    """What the model said; `drawn` is the picture with the places on it that the answer names."""
+    words = without_marks(text) or "*(no answer)*"
+    picture = [] if drawn is None else [{"path": drawn, "alt_text": "The picture with boxes around what is named"}]
+    return {"role": "assistant", "content": [words, *picture] if picture else words}
+
+
+def branch_names(chat: Chat) -> list[tuple[str, int]]:
+    """(name, index) of every branch, for a picker: where it ends and how long it is."""
+    names = []
+    for i, end in enumerate(chat.branches):
+        count = len(end.path)
+        words = end.text if len(end.text) <= 40 else f"{end.text[:39]}…"
+        names.append((f"{i + 1}: {words} ({count} turn{'' if count == 1 else 's'})", i))
+    return names
+
+
+def branch_of(chat: Chat) -> int | None:
+    """The branch on which the conversation stands; None between two."""
+    return next((i for i, end in enumerate(chat.branches) if end is chat.head), None)
 
 
 def reply_text(reply: Reply) -> str:
     """Markdown of an answer being written, or of what is being waited for."""
     if reply.text:
-        return reply.text
+        return without_marks(reply.text)
     if reply.stage == "waiting":
-        before = {0: "", 1: ": one message comes first"}.get(reply.ahead, f": {reply.ahead} messages come first")
-        return f"*Waiting{before} …*"
+        return f"*{waiting(reply.ahead, reply.wait_s)}*"
     if reply.stage == "loading":
         return f"*Loading the model, {reply.progress:.0%}: {reply.note} …*"
     return "*Reading …*" if reply.stage != "done" else "*(no answer)*"
@@ -65,12 +88,41 @@ def meter(metrics: Metrics, info: ModelInfo | None) -> str:
         f"<span>{escape(note)}</span></dd></div>"
         for label, value, note in cells
     )
-    return f'<dl class="meter">{rows}</dl>'
+    return f'<dl class="meter">{rows}</dl>{_pictures(metrics)}{_resumed(metrics)}'
+
+
+def _pictures(metrics: Metrics) -> str:
+    """How many tiles each picture of the message was cut into."""
+    tiles = metrics.image_tiles
+    if not tiles:
+        return ""
+    counts = " + ".join(map(str, tiles))
+    what = "1 picture" if len(tiles) == 1 else f"{len(tiles)} pictures"
+    return f'<p class="resumed">{what} in this message: {counts} tile{"" if counts == "1" else "s"}.</p>'
+
+
+def _resumed(metrics: Metrics) -> str:
+    """Where the answer started from, and what that took."""
+    resumed = metrics.resumed
+    if not resumed.turn:
+        return ""
+    if resumed.reread:
+        turns = "1 turn" if resumed.reread == 1 else f"{resumed.reread} turns"
+        text = f"Read {turns} again in {resumed.ms / 1000:.1f} s: no memory of them was left."
+    else:
+        took = f"{resumed.ms:.0f} ms" if resumed.ms >= 1 else "less than 1 ms"
+        text = f"Resumed after turn {resumed.turn} in {took}; nothing was read again."
+    return f'<p class="resumed">{text}</p>'
 
 
 def notice(text: str) -> str:
     """A fault, in plain words; empty text shows nothing."""
     return f'<div class="notice" role="alert">{escape(text)}</div>' if text else ""
+
+
+def note(text: str) -> str:
+    """A quiet line beside what it is about."""
+    return f'<p class="panel-note" role="status">{escape(text)}</p>' if text else ""
 
 
 def model_status(status: LoadStatus, info: ModelInfo | None, model: str) -> str:

@@ -2,11 +2,11 @@
 
     python docs/screenshots.py [--model nano] [--device cpu] [--out docs]
 
-Writes page.png (light), page-dark.png and page-phone.png (390 px wide); prints one JSON line: milliseconds from
-starting `app.py` to its first answer over HTTP (`start_ms`), from opening the address to a box that can be typed in
-(`open_ms`), from the first computed token to the first visible one
-(`first_token_lag_ms`, the way from the Enter key to the server included), and from a click on stop to an open box
-(`stop_ms`).
+Writes page.png (light), page-dark.png, page-phone.png (390 px wide), and of the comparison with a grown context
+compare.png, compare-dark.png, compare-phone.png. Prints one JSON line: milliseconds from starting `app.py` to its first
+answer over HTTP (`start_ms`), from opening the address to a box that can be typed in (`open_ms`), from the first
+computed token to the first visible one (`first_token_lag_ms`, the way from the Enter key to the server included), and
+from a click on stop to an open box (`stop_ms`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,23 @@ def talk(page: Page) -> None:
     page.wait_for_timeout(500)
 
 
+def compare(page: Page) -> None:
+    """Two questions to both models, and a context of 4,096 tokens."""
+    page.click("#compare-tab-button")
+    page.click("#compare-scene")
+    page.wait_for_selector("#compare-box .stop-button")
+    page.wait_for_selector("#compare-box .submit-button")
+    page.fill("#compare-box textarea", "How many triangles are there?")
+    page.press("#compare-box textarea", "Enter")
+    page.wait_for_selector("#compare-box .stop-button")
+    page.wait_for_selector("#compare-box .submit-button")
+    page.click("#grow-start")
+    page.wait_for_selector("#growth:has-text('Done.')")
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
+
+
 def time_it(page: Page) -> dict[str, float]:
     """A long answer, stopped at its first visible words."""
     page.fill(BOX, "Tell me a long story about a sailor and the sea.")
@@ -107,6 +124,7 @@ def main() -> None:
     p.add_argument("--model", default="nano")
     p.add_argument("--device", default="cpu")
     p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--no-compare", action="store_true", help="leave the comparison out; it takes minutes on a CPU")
     p.add_argument("--out", type=Path, default=ROOT / "docs")
     args = p.parse_args()
     flags = ["--model", args.model, "--device", args.device, "--max-new-tokens", str(args.max_new_tokens)]
@@ -126,6 +144,9 @@ def main() -> None:
             page, _ = open_page(browser, url, theme, width, height)
             talk(page)
             page.screenshot(path=args.out / f"{name}.png", full_page=width < 500)
+            if not args.no_compare:
+                compare(page)
+                page.screenshot(path=args.out / f"{name.replace('page', 'compare')}.png", full_page=True)
             page.close()
         browser.close()
     print(json.dumps(figures))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ PACKED_METADATA = "mmmamba_packed"
 PACKED_PARTS = ("qweight", "scales", "zeros")
 PART_SEPARATOR = "::"
 MAX_SHARD_SIZE = "5GB"
+DIGEST_NUMEL = 20_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Step sizes and decays act through an exponential: two digits of bf16 would not do.
 _WIDE = re.compile(r"\.mixer\.(A_log|dt_bias)$")
@@ -53,6 +55,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     progress: Progress | None = None,
+    share: Sequence[MMMamba] = (),
 ) -> MMMamba:
     """Load HoVLE or mmMamba from a directory, a Hugging Face hub id or a bundled name ("nano", "nano-teacher").
 
@@ -60,6 +63,7 @@ def load_model(
         device, dtype: where the weights go and how wide they are; decays and step biases stay in float32 at least.
         revision: branch, tag or commit of a hub id.
         progress: called with (fraction done, what is being read).
+        share: models loaded already; a tensor that equals theirs of the same name is held in memory once.
     Returns: the model in eval mode, frozen; `model.source` is the directory it came from.
     Raises: CheckpointError if nothing is found, tensors are missing, extra or mis-shaped (all listed by name), or only
         pickle files are there; ConfigError if the configuration cannot be run.
@@ -69,7 +73,7 @@ def load_model(
     with ExitStack() as stack:
         files = TensorFiles(directory, stack)
         _check_tensors(directory, files, model)
-        _fill(model, files, torch.device(device), dtype, progress)
+        _fill(model, files, torch.device(device), dtype, progress, [dict(other.named_parameters()) for other in share])
     model.source = directory
     return model.eval().requires_grad_(False)
 
@@ -175,6 +179,19 @@ def build_meta(config: ModelConfig) -> MMMamba:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor once (a tied output head is the text embedding)."""
     yield from model.named_parameters(remove_duplicate=True)
+
+
+def weights_digest(model: MMMamba) -> str:
+    """Short hash that tells a model's weights from those of other trainings, the same in float32 and bfloat16.
+
+    Of the small tensors alone (norms, decays, biases): every training moves them, and they are read in milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(model):
+        if tensor.numel() <= DIGEST_NUMEL:
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Stored(NamedTuple):
@@ -310,7 +327,12 @@ def _listing(directory: Path, problems: dict[str, list[str]]) -> str:
 
 
 def _fill(
-    model: MMMamba, files: TensorFiles, device: torch.device, dtype: torch.dtype, progress: Progress | None
+    model: MMMamba,
+    files: TensorFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    others: Sequence[dict[str, nn.Parameter]],
 ) -> None:
     names = [name for name in files.names() if name != UNUSED]
     for i, name in enumerate(names):
@@ -320,7 +342,14 @@ def _fill(
         assert ours is not None, "checked before"
         wide = torch.promote_types(dtype, torch.float32) if _WIDE.search(ours) else dtype
         module, _, attribute = ours.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(files.read(name, wide).to(device)))
+        tensor = files.read(name, wide).to(device)
+        # The same object: what is frozen in a student takes memory once, however many models hold it.
+        twin = next((p for other in others if (p := other.get(ours)) is not None and _same(p, tensor)), None)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor) if twin is None else twin)
     model.tie_weights()
     if progress is not None:
         progress(1.0, "done")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

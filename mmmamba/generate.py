@@ -22,6 +22,11 @@ GPU_PIECE = 2048
 FinishReason = Literal["stop", "length", "cancel"]
 
 
+def piece_size(device: torch.device) -> int:
+    """Tokens to read between two looks at a cancel flag on this device."""
+    return CPU_PIECE if device.type == "cpu" else GPU_PIECE
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """`input_ids` (batch, seqlen) int64; `pixel_values` (num_tiles, channels, side, side), rows in order, or None."""
@@ -209,8 +214,7 @@ def stream(
         raise ValueError(f"stream takes one conversation, input_ids holds {inputs.input_ids.shape[0]} rows")
     started = time.perf_counter()
     try:
-        piece_size = CPU_PIECE if model.device.type == "cpu" else GPU_PIECE
-        logits = prefill(model, inputs, state, piece_size=piece_size, cancel=cancel)
+        logits = prefill(model, inputs, state, piece_size=piece_size(model.device), cancel=cancel)
     except PrefillCancelled:
         yield StreamEvent("", "", 0, None, (time.perf_counter() - started) * 1e3, None, "cancel")
         return

@@ -137,6 +137,18 @@ class DecodeState:
         """Bytes held, caches at their allocated size."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values, what is filled of them: this grows with every token."""
+        named = self.tensors().items()
+        filled = {name: self.stacks[name.startswith("language")].seqlen for name, _ in named}
+        return sum(t[:, :, : filled[name]].nbytes for name, t in named if name.endswith("_cache"))
+
+    @property
+    def recurrent_nbytes(self) -> int:
+        """Bytes of recurrent state: the same at any length."""
+        return sum(t.nbytes for name, t in self.tensors().items() if not name.endswith("_cache"))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name."""
         named = {"pending": self.pending}
@@ -156,15 +168,55 @@ class DecodeState:
             self.fingerprint, copy(self.embedding), copy(self.language), self.pending.clone(), self.num_image_tokens
         )
 
-    def to(self, device: torch.device | str) -> DecodeState:
-        """The state on another device (shares memory with this one if it is there already)."""
+    def fork(self) -> DecodeState:
+        """A state to go on from, leaving this one as it is: like `clone`, but keys and values are shared, not copied.
+
+        The fork sees the caches cut to their filled length. That leaves no room in them, so its first new token moves
+        it to memory of its own, while this state may go on writing behind what the fork sees.
+        """
+
+        def cut(layer: LayerState, seqlen: int) -> LayerState:
+            if isinstance(layer, KVState):
+                return KVState(layer.k_cache[:, :, :seqlen], layer.v_cache[:, :, :seqlen])
+            return MambaState(layer.conv_state.clone(), layer.ssm_state.clone())
+
+        embedding, language = (StackState([cut(x, s.seqlen) for x in s.layers], s.seqlen) for s in self.stacks)
+        return DecodeState(self.fingerprint, embedding, language, self.pending.clone(), self.num_image_tokens)
+
+    def share_(self, later: DecodeState) -> None:
+        """Let this state see its keys and values in the caches of `later`, which went on from it; frees its own.
+
+        Snapshots of every turn of a conversation then cost one cache, not one each. Recurrent states stay as they are.
+        """
+        for mine, theirs in zip(self.stacks, later.stacks, strict=True):
+            if theirs.seqlen < mine.seqlen:
+                raise ValueError(f"a state of {theirs.seqlen} positions did not go on from one of {mine.seqlen}")
+            for layer, longer in zip(mine.layers, theirs.layers, strict=True):
+                if isinstance(layer, KVState) and isinstance(longer, KVState):
+                    layer.k_cache, layer.v_cache = (t[:, :, : mine.seqlen] for t in (longer.k_cache, longer.v_cache))
+
+    def storages(self) -> dict[int, int]:
+        """Address -> bytes of the memory held, each piece once: what several states share can be counted once."""
+        pieces = (t.untyped_storage() for t in self.tensors().values())
+        return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DecodeState:
+        """The state on another device, or for a model in another dtype (recurrent states keep theirs, float32); shares
+        memory with this one where nothing changes."""
+
+        def moved(name: str, t: Tensor) -> Tensor:
+            return t.to(device) if name == "ssm_state" else t.to(device, dtype)
 
         def move(stack: StackState) -> StackState:
-            layers = [type(layer)(**{k: t.to(device) for k, t in layer.tensors().items()}) for layer in stack.layers]
+            layers = [type(layer)(**{k: moved(k, t) for k, t in layer.tensors().items()}) for layer in stack.layers]
             return StackState(layers, stack.seqlen)
 
         return DecodeState(
-            self.fingerprint, move(self.embedding), move(self.language), self.pending.to(device), self.num_image_tokens
+            self.fingerprint,
+            move(self.embedding),
+            move(self.language),
+            moved("pending", self.pending),
+            self.num_image_tokens,
         )
 
     def save(self, path: str | Path) -> None:
@@ -202,6 +254,7 @@ class DecodeState:
                     f"{config.kind} model has {config.fingerprint()}); load it with the model that wrote it"
                 )
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        _check_shapes(path, tensors, counts, config)
 
         def stack_state(name: str, stack: StackConfig) -> StackState:
             layers: list[LayerState] = []
@@ -217,3 +270,17 @@ class DecodeState:
             tensors["pending"],
             counts["num_image_tokens"],
         )
+
+
+def _check_shapes(path: str | Path, tensors: dict[str, Tensor], counts: dict[str, int], config: ModelConfig) -> None:
+    """A file may come from anywhere.  Raises: ValueError if a tensor is missing or has a shape that no state has."""
+    expected = DecodeState.allocate(config, batch=len(tensors.get("pending", ())) or 1, device="meta").tensors()
+    for name, t in expected.items():
+        shape = list(t.shape)
+        if name.endswith("_cache"):
+            shape[2] = counts[f"{name.split('.')[0]}_seqlen"]
+        elif name == "pending" and name in tensors and tensors[name].ndim == 3:
+            shape[1] = tensors[name].shape[1]
+        if name not in tensors or list(tensors[name].shape) != shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{path} is damaged: {name} is {found}, expected {shape}; save the state again")

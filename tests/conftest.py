@@ -47,8 +47,18 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete checkpoint directory: the golden `post` student with a tokenizer made up for its 160 ids."""
-    path = tmp_path_factory.mktemp("tiny") / "linear"
-    shutil.copytree(GOLDEN / "post" / "linear", path)
+    return tiny_checkpoint(tmp_path_factory, "linear")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_dir`, with softmax attention in every layer."""
+    return tiny_checkpoint(tmp_path_factory, "hovle")
+
+
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / kind
+    shutil.copytree(GOLDEN / "post" / kind, path)
     config = json.loads((path / "config.json").read_text())
     config["template"] = "chatml"
     (path / "config.json").write_text(json.dumps(config))

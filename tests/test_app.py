@@ -21,9 +21,11 @@ from gradio_client.exceptions import AppError
 
 from app import views
 from app.backend import ModelInfo
-from app.chat import Chat, Metrics
+from app.chat import Chat, Metrics, Resumed
 from app.engine import Engine, Limits, LoadStatus, Reply
-from app.ui import EXAMPLES, EXAMPLES_DIR, build, launch_options
+from app.handlers import turn_index
+from app.options import Options
+from app.ui import EXAMPLES, EXAMPLES_DIR, PageOptions, build, launch_options
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
@@ -200,6 +202,28 @@ def test_figures_say_what_was_measured() -> None:
     assert "grows with every token" in views.meter(Metrics(state_bytes=1), teacher)
 
 
+def test_tiles_and_resuming_are_told() -> None:
+    html = views.meter(Metrics(image_tiles=(1, 5), resumed=Resumed(3, 2.2)), None)
+    assert "2 pictures in this message: 1 + 5 tiles." in html
+    assert "Resumed after turn 3 in 2 ms; nothing was read again." in html
+    assert "Read 2 turns again in 1.5 s" in views.meter(Metrics(resumed=Resumed(3, 1500, 2)), None)
+
+
+def test_saved_settings_come_back_where_they_fit() -> None:
+    options = Options(LIMITS)
+    updates = dict(
+        zip(options.NAMES, options.restore({"temperature": 0.5, "max_new_tokens": 9999, "top_k": "x"}), strict=True)
+    )
+    assert updates["temperature"] == 0.5
+    for name in ("max_new_tokens", "top_k", "seed"):
+        assert updates[name] == gr.skip(), f"{name} is none that this server takes"
+    assert options.values([1] * 9 + ["  "])["system"] is None
+
+
+def test_a_message_of_the_chatbot_belongs_to_a_turn() -> None:
+    assert [turn_index(i) for i in (0, 1, 2, 3, (4, 1), [2, 0])] == [0, 0, 1, 1, 2, 1]
+
+
 def test_what_is_shown_is_escaped() -> None:
     assert "<b>" not in views.notice("<b>")
     assert "<i>x" not in views.model_status(LoadStatus("failed", 0, "<i>x"), None, "m")
@@ -211,6 +235,7 @@ def test_what_is_shown_is_escaped() -> None:
     [
         (Reply(ahead=2), "2 messages come first"),
         (Reply(ahead=1), "one message comes first"),
+        (Reply(ahead=1, wait_s=12.3), "one message comes first, about 12 s"),
         (Reply(stage="loading", progress=0.4, note="tensor 4 of 10"), "40%: tensor 4 of 10"),
         (Reply(stage="reading"), "Reading"),
         (Reply("It is **red**.", "writing"), "It is **red**."),
@@ -251,6 +276,14 @@ def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (args.host, args.port, args.max_tiles, args.model) == ("0.0.0.0", 7999, 3, "nano")
     args = parser.parse_args(["--port", "8000", "--max-tiles", "5", "--device", "cpu"])
     assert (args.port, args.max_tiles, args.device) == (8000, 5, "cpu")
+
+
+def test_what_the_page_offers_follows_the_flags() -> None:
+    args = load_command().parser().parse_args(["--no-teacher", "--state-budget-mib", "64", "--contexts", "/tmp/x"])
+    assert (args.no_teacher, args.state_budget_mib, args.state_disk_mib, args.contexts) == (True, 64, None, "/tmp/x")
+    alone = str(build(Engine("fake", loader=FakeLoader()), PageOptions(switch=False)).config)
+    assert "compare-clear" not in alone, "a model without a known teacher has nothing to be compared with"
+    assert "switch-load" not in alone
 
 
 def test_command_refuses_a_limit_below_one(capsys: pytest.CaptureFixture[str]) -> None:

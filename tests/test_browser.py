@@ -12,7 +12,7 @@ import pytest
 from fakes import FakeLoader
 
 from app.engine import Engine
-from app.ui import EXAMPLES_DIR, build, launch_options
+from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -28,7 +28,7 @@ WORD_S = 0.02
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)))
+    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)), PageOptions(teacher="fake-teacher"))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield blocks.local_url
     blocks.close(verbose=False)
@@ -93,7 +93,6 @@ def test_page_opens_in_five_seconds_and_shows_loading(browser: Browser, url: str
 def test_upload_ask_answer(page: Page) -> None:
     upload(page, PYRAMID)
     ask(page, "what is this")
-    page.wait_for_selector(STOP)
     bot(page, "turn 1 images 1: what is this")
     unlocked(page)
     assert page.locator("#chat [data-testid=user] img").count() == 1
@@ -178,6 +177,7 @@ def test_retry_answers_again_with_other_settings(page: Page) -> None:
     ask(page, "hello")
     bot(page, "turn 1 images 0: hello")
     unlocked(page)
+    page.click("#settings > button")
     page.fill("#settings input[type=number] >> nth=0", "1.5")
     page.press("#settings input[type=number] >> nth=0", "Tab")
     page.click("#chat button[aria-label=Retry]")
@@ -283,4 +283,165 @@ def test_nothing_overflows_and_every_control_has_a_name(browser: Browser, url: s
     )
     assert unnamed == []
     assert page.locator("#chat button[aria-label=Share]:visible").count() == 0, "sharing uploads to another host"
+    page.click("#compare-tab-button")
+    page.click("#compare-shapes")
+    page.wait_for_selector("#panel:has-text('The answers are equal.')")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
+
+
+# Branches, keeping, comparing
+
+
+def test_edit_makes_a_branch_and_the_picker_goes_back(page: Page) -> None:
+    for text in ("one", "two"):
+        ask(page, text)
+        bot(page, text)
+        unlocked(page)
+    assert "Resumed after turn 1 in" in page.inner_text("#meter")
+    assert page.locator("#branch").is_hidden(), "one branch needs no picker"
+    page.locator("#chat button[aria-label=Edit]").first.click()
+    page.fill("#chat textarea.edit-textarea", "uno")
+    page.click("#chat button[aria-label=Submit]")
+    bot(page, "turn 1 images 0: uno")
+    unlocked(page)
+    assert bubbles(page, "user") == ["uno"]
+    page.click("#branch input")
+    page.locator("[role=option]").filter(has_text="two (2 turns)").click()
+    bot(page, "turn 2 images 0: two")
+    ask(page, "three")
+    bot(page, "turn 3 images 0: three")
+    assert bubbles(page, "user") == ["one", "two", "three"]
+
+
+def test_undo_gives_the_message_back(page: Page) -> None:
+    for text in ("one", "two"):
+        ask(page, text)
+        bot(page, text)
+        unlocked(page)
+    page.click("#chat button[aria-label=Undo]")
+    page.wait_for_function(f"document.querySelector({BOX!r}).value === 'two'")
+    assert bubbles(page, "user") == ["one"]
+    ask(page, "other")
+    bot(page, "turn 2 images 0: other")
+
+
+def test_a_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> None:
+    upload(page, PYRAMID)
+    ask(page, "what is this")
+    bot(page, "turn 1 images 1: what is this")
+    unlocked(page)
+    page.wait_for_function("localStorage.length > 0")
+    page.wait_for_timeout(500)
+    page.reload()
+    bot(page, "turn 1 images 1: what is this")
+    assert page.locator("#chat [data-testid=user] img").count() == 1
+    ask(page, "and now")
+    bot(page, "turn 2 images 0: and now")
+    assert "Read 1 turn again" in page.inner_text("#meter")
+    unlocked(page)
+    page.click("#clear")
+    page.wait_for_timeout(500)
+    page.reload()
+    page.wait_for_selector(BOX)
+    page.wait_for_timeout(500)
+    assert bubbles(page, "bot") == []
+
+
+def test_save_and_open_with_settings(page: Page, tmp_path: Path) -> None:
+    ask(page, "one")
+    bot(page, "turn 1")
+    unlocked(page)
+    page.click("#keep > button")
+    with page.expect_download() as download:
+        page.click("#save")
+    path = tmp_path / "conversation.json"
+    download.value.save_as(path)
+    page.click("#clear")
+    page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length === 0")
+    page.set_input_files("#open input[type=file], input#open, #keep input[type=file]", str(path))
+    bot(page, "turn 1 images 0: one")
+    ask(page, "two")
+    bot(page, "turn 2 images 0: two")
+
+
+def test_escape_stops_and_focus_returns(page: Page) -> None:
+    ask(page, "[long]")
+    bot(page, "word2")
+    page.keyboard.press("Escape")
+    started = time.monotonic()
+    unlocked(page)
+    assert time.monotonic() - started < 0.5
+    page.wait_for_function(f"document.activeElement === document.querySelector({BOX!r})")
+
+
+def test_shift_enter_is_a_new_line(page: Page) -> None:
+    page.fill(BOX, "one")
+    page.press(BOX, "Shift+Enter")
+    page.keyboard.type("two")
+    page.press(BOX, "Enter")
+    bot(page, "turn 1 images 0: one two")
+
+
+def test_named_places_are_drawn(page: Page) -> None:
+    upload(page, PYRAMID)
+    ask(page, "<ref>fruit</ref><box>[[100,100,600,600]]</box>")
+    unlocked(page)
+    page.wait_for_selector("#chat [data-testid=bot] img")
+    assert "fruit" in bubbles(page, "bot")[-1]
+    assert "<box>" not in "".join(bubbles(page, "bot"))
+
+
+def test_comparison_shows_both_answers_and_their_figures(page: Page) -> None:
+    page.click("#compare-tab-button")
+    page.fill("#compare-box textarea", "what is this")
+    page.press("#compare-box textarea", "Enter")
+    page.wait_for_selector("#panel .side-teacher .words:has-text('turn 1 images 0: what is this')")
+    page.wait_for_selector("#panel:has-text('The answers are equal.')")
+    text = page.inner_text("#panel")
+    for part in ("Student, linear", "Teacher, a transformer", "5.0 MiB", "none", "Key-value cache", "in turn"):
+        assert part in text
+    assert page.locator("#panel svg.chart").count() == 2
+    assert page.locator("#panel svg").first.get_attribute("aria-label") is not None
+
+
+def test_context_grows_stops_and_downloads(page: Page) -> None:
+    page.click("#compare-tab-button")
+    page.click("#grow-longest input")
+    page.locator("[role=option]").filter(has_text="103,000").click()
+    page.click("#grow-start")
+    page.wait_for_selector("#growth .points tbody tr >> nth=1")
+    page.click("#grow-stop")
+    page.wait_for_selector("#growth:has-text('Stopped.')")
+    with page.expect_download() as download:
+        page.click("#grow-csv")
+    assert Path(download.value.path()).read_text().startswith("model,kind,context")
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:
+    page.wait_for_selector("#model .chip-ready")
+    page.click("#switch > button")
+    page.fill("#switch-model input", "broken")
+    page.press("#switch-model input", "Enter")
+    page.click("#switch-load")
+    page.wait_for_selector("#notice [role=alert]:has-text('fake goes on answering')")
+    ask(page, "hello")
+    bot(page, "turn 1 images 0: hello")
+
+
+def test_video_is_asked_about_as_frames(page: Page, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            for packet in stream.encode(av.VideoFrame(64, 48, "yuv420p")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    page.set_input_files("#box input[type=file]", str(path))
+    page.wait_for_timeout(500)
+    ask(page, "what happens")
+    bot(page, "turn 1 images 4: what happens")
+    page.wait_for_selector("#notice:has-text('clip.mp4: 4 frames of 1.0 s')")

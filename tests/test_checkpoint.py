@@ -562,3 +562,16 @@ def test_bundled_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_config_of_a_hub_id(hub: list[dict[str, object]]) -> None:
     checkpoint.resolve_checkpoint("a/b", revision="r", config_only=True)
     assert [(call["revision"], call["allow_patterns"]) for call in hub] == [("r", ["config.json"])]
+
+
+def test_equal_tensors_of_two_models_are_held_once(tmp_path: Path) -> None:
+    first = load_model(GOLDEN / "post" / "hovle")
+    second = load_model(GOLDEN / "post" / "hovle", share=[first])
+    theirs = dict(first.named_parameters())
+    assert all(p is theirs[name] for name, p in second.named_parameters())
+    wide = load_model(GOLDEN / "post" / "hovle", dtype=torch.float64, share=[first])
+    assert not {id(p) for p in wide.parameters()} & {id(p) for p in first.parameters()}, "of another precision"
+    student = load_model(GOLDEN / "post" / "linear", share=[first])
+    for name, p in student.named_parameters():
+        same = name in theirs and theirs[name].shape == p.shape and torch.equal(theirs[name], p)
+        assert (p is theirs.get(name)) == same, name

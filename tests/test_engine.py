@@ -15,8 +15,11 @@ from PIL import Image
 
 from app.backend import MMMambaBackend, load_backend
 from app.chat import Chat, ChatStore, Metrics, Turn
-from app.engine import BEAT_S, Engine, EngineError, Limits, Reply, Settings, _without_folders
-from app.lane import Lane, LaneFull
+from app.engine import Engine, EngineError, Limits, Reply, Settings
+from app.errors import without_folders
+from app.follow import BEAT_S
+from app.models import MemoryNeed
+from app.states import Budget, StateStore
 from mmmamba import load_model
 from mmmamba.place import default_dtype
 from mmmamba.tokenizer import StreamDecoder
@@ -62,6 +65,13 @@ def start(engine: Engine, chat: Chat, text: str, into: list[Any]) -> threading.T
     return thread
 
 
+def state_of(turn: Turn) -> Any:
+    """The one snapshot of a turn."""
+    (kept,) = turn.snapshots.values()
+    assert kept.state is not None
+    return kept.state
+
+
 def wait_for(condition: Any, seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -84,7 +94,7 @@ def test_reply_streams_text_and_figures(picture: Path) -> None:
     metrics = final.metrics
     assert metrics.num_tiles == 3
     assert metrics.image_tokens == 3 * 64
-    assert metrics.text_tokens == chat.turns[0].state.num_text_tokens > 0
+    assert metrics.text_tokens == state_of(chat.turns[0]).num_text_tokens > 0
     assert metrics.state_bytes == STATE_BYTES
     assert metrics.ttft_ms is not None
     assert metrics.ttft_ms >= 12
@@ -95,8 +105,8 @@ def test_next_turn_starts_from_the_kept_state(picture: Path) -> None:
     engine, chat = engine_of(), Chat()
     last(engine.reply(chat, "one", [picture]))
     assert last(engine.reply(chat, "two")).text == "turn 2 images 0: two"
-    seen = chat.turns[1].state.seen
-    first = chat.turns[0].state.seen
+    seen = state_of(chat.turns[1]).seen
+    first = state_of(chat.turns[0]).seen
     assert seen[: len(first)] == first, "the second turn must go on from the first one's state"
     assert seen.count("<begin>") == 1
     assert "<1 images before>" in seen
@@ -119,7 +129,7 @@ def test_retry_replaces_the_last_turn_from_the_state_before_it(picture: Path) ->
     assert reply.text == "turn 2 images 1: two (hot)"
     assert [turn.text for turn in chat.turns] == ["one", "two"]
     assert chat.turns[0] is before
-    assert chat.turns[1].state.seen.count("two") == 2  # asked once, answered once
+    assert state_of(chat.turns[1]).seen.count("two") == 2  # asked once, answered once
 
 
 def test_retry_of_nothing_says_so() -> None:
@@ -132,7 +142,7 @@ def test_two_interleaved_chats_equal_two_separate_ones() -> None:
         for text in ("a", "b", "c"):
             for i, chat in enumerate(chats):
                 last(engine.reply(chat, f"{text}{i}"))
-        return [chat.turns[-1].state.seen for chat in chats]
+        return [state_of(chat.turns[-1]).seen for chat in chats]
 
     together = talk(engine_of(), [Chat(), Chat()])
     apart = [talk(engine_of(), [Chat(), Chat()])[i] for i in (0, 1)]
@@ -165,7 +175,7 @@ def test_stop_keeps_a_whole_turn_of_exactly_what_is_shown() -> None:
     assert 5 <= len(shown.split()) < 200
     turn = chat.turns[0]
     assert turn.reply == shown
-    assert turn.state.seen[-len(shown.split()) :] == tuple(shown.split())
+    assert state_of(turn).seen[-len(shown.split()) :] == tuple(shown.split())
     assert last(engine.reply(chat, "go on")).text == "turn 2 images 0: go on"
 
 
@@ -237,12 +247,12 @@ def test_fault_of_the_model_rolls_back_and_tells_no_secrets() -> None:
     engine, chat = engine_of(0.002), Chat()
     last(engine.reply(chat, "one"))
     turns = list(chat.turns)
-    seen = turns[0].state.seen
+    seen = state_of(turns[0]).seen
     with pytest.raises(EngineError) as caught:
         last(engine.reply(chat, "[boom]"))
     assert "/srv" not in str(caught.value)
     assert chat.turns == turns
-    assert chat.turns[0].state.seen == seen
+    assert state_of(chat.turns[0]).seen == seen
     assert last(engine.reply(chat, "two")).text == "turn 2 images 0: two"
 
 
@@ -381,75 +391,12 @@ def test_failed_load_is_told_and_tried_again() -> None:
     ],
 )
 def test_folders_of_the_server_are_left_out(text: str, shown: str) -> None:
-    assert _without_folders(text) == shown
+    assert without_folders(text) == shown
 
 
 def test_unknown_dtype_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="float8"):
         Engine(dtype="float8")
-
-
-# Lane and store
-
-
-def test_lane_keeps_the_order_and_outlives_a_failed_job() -> None:
-    lane, ran, go = Lane(max_waiting=3), [], threading.Event()
-    lane.submit(lambda: go.wait(5) and None)
-    wait_for(lambda: not lane._waiting)
-    lane.submit(lambda: 1 / 0 and None)
-    dropped = lane.submit(lambda: ran.append("dropped"))
-    job = lane.submit(lambda: ran.append("last"))
-    with pytest.raises(LaneFull):
-        lane.submit(lambda: None)
-    assert (lane.ahead(dropped), lane.ahead(job)) == (2, 3)
-    assert lane.drop(dropped)
-    assert not lane.drop(dropped)
-    assert lane.ahead(job) == 2
-    go.set()
-    wait_for(lambda: lane.idle)
-    assert ran == ["last"]
-
-
-def turn_with_state(engine: Engine) -> Turn:
-    chat = Chat()
-    last(engine.reply(chat, "x"))
-    return chat.turns[0]
-
-
-def test_store_forgets_old_snapshots_first_then_idle_chats() -> None:
-    turn = turn_with_state(engine_of())
-    store = ChatStore(max_bytes=5 * STATE_BYTES)
-    chats = [store.new(("tab", str(i))) for i in range(3)]
-    for chat in chats[:2]:
-        chat.turns = [turn] * 4
-    store.trim()
-    assert chats[0].nbytes == 2 * STATE_BYTES
-    assert chats[0].turns[0].state is None
-    with pytest.raises(EngineError, match="Turn 2 is too far back"):
-        chats[0].state_before(1)
-    assert chats[0].state_before(3) is turn.state, "the last question can still be answered again"
-    chats[2].turns = [turn] * 2
-    store.trim()
-    assert store.get(("tab", "0")) is None, "the longest unused goes first"
-    assert store.get(("tab", "1")) is chats[1]
-    assert store.get(("tab", "2")) is chats[2]
-
-
-def test_store_bounds_the_number_of_chats_but_keeps_those_at_work() -> None:
-    store = ChatStore(max_chats=2)
-    with store.new(("tab", "0")).running(threading.Event()):
-        for i in (1, 2):
-            store.new(("tab", str(i)))
-        assert store.get(("tab", "0")) is not None
-        assert store.get(("tab", "1")) is None
-        assert len(store) == 2
-
-
-def test_replaced_chat_is_stopped() -> None:
-    store, cancel = ChatStore(), threading.Event()
-    with store.new(("tab", "0")).running(cancel):
-        store.new(("tab", "0"))
-    assert cancel.is_set()
 
 
 def test_metrics_default_to_nothing_measured() -> None:
@@ -505,7 +452,7 @@ def test_real_state_has_seen_exactly_the_visible_conversation(
     with torch.inference_mode():
         backend.model(torch.tensor([ids]), tiles, state)
 
-    kept: Any = two.state
+    kept = state_of(two)
     assert (kept.seqlen, kept.num_image_tokens) == (len(ids), state.num_image_tokens)
     assert two.metrics.text_tokens + two.metrics.image_tokens == len(ids)
     assert two.metrics.state_bytes == backend.info.state_bytes, "the memory of a linear model grew"
@@ -520,3 +467,199 @@ def test_real_answers_repeat_with_a_seed_and_after_retry(real: Engine) -> None:
     assert first
     assert last(real.retry(chat, settings)).text == first
     assert last(real.retry(chat, Settings(temperature=1.0, seed=8, max_new_tokens=12))).text != first
+
+
+# Branches: going back costs no reading, and gives what a fresh conversation with the same turns gives
+
+
+def test_undo_and_going_on_makes_a_branch() -> None:
+    engine, chat = engine_of(), Chat()
+    for text in ("one", "two", "three"):
+        last(engine.reply(chat, text))
+    chat.go_back(1)
+    assert last(engine.reply(chat, "other")).text == "turn 2 images 0: other"
+    assert [turn.text for turn in chat.turns] == ["one", "other"]
+    assert [[turn.text for turn in end.path] for end in chat.branches] == [["one", "two", "three"], ["one", "other"]]
+    chat.go_to(0)
+    assert last(engine.reply(chat, "four")).text == "turn 4 images 0: four"
+    assert engine.models.get().read_again == [], "a state was there, and yet something was read again"
+
+
+def test_any_turn_can_be_asked_in_other_words(picture: Path) -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(chat, "one", [picture]))
+    last(engine.reply(chat, "two"))
+    reply = last(engine.retry(chat, index=0, text="uno"))
+    assert reply.text == "turn 1 images 1: uno", "the picture stays with the question"
+    assert [turn.text for turn in chat.turns] == ["uno"]
+    assert len(chat.branches) == 2
+    with pytest.raises(EngineError, match="it has 1 turns"):
+        last(engine.retry(chat, index=1))
+    assert last(engine.reply(chat, "new start", after=0)).text == "turn 1 images 0: new start"
+
+
+def test_resuming_is_measured_and_said() -> None:
+    engine, chat = engine_of(), Chat()
+    for text in ("one", "two", "three"):
+        last(engine.reply(chat, text))
+    chat.go_back(2)
+    resumed = last(engine.reply(chat, "else")).metrics.resumed
+    assert (resumed.turn, resumed.reread) == (2, 0)
+    assert 0 < resumed.ms < 100
+
+
+def test_a_state_that_is_gone_is_read_again_once() -> None:
+    engine = engine_of(chats=ChatStore(states=StateStore(Budget(memory=0, disk=0))))
+    chat = engine.chats.new(("tab", "a"))
+    for text in ("one", "two"):
+        last(engine.reply(chat, text))
+    expected = state_of(chat.turns[1]).seen
+    last(engine.reply(engine.chats.new(("tab", "b")), "pushes the others out"))
+    reply = last(engine.reply(chat, "three"))
+    assert reply.text == "turn 3 images 0: three"
+    assert reply.metrics.resumed.reread == 2
+    assert state_of(chat.turns[2]).seen[: len(expected)] == expected, "what was read again is not what was said"
+
+
+def test_closing_a_tab_frees_everything_even_under_way() -> None:
+    engine = engine_of(0.01)
+    chat = engine.chats.new(("tab", "a"))
+    last(engine.reply(chat, "one"))
+    out: list[Any] = []
+    thread = start(engine, chat, "[long]", out)
+    wait_for(lambda: out and out[-1].text)
+    engine.chats.drop(("tab", "a"))
+    thread.join(5)
+    wait_for(lambda: engine.lane.idle)
+    assert len(engine.chats.states) == 0
+    assert engine.chats.states.used_bytes("memory") == 0
+    assert chat.turns == []
+
+
+def test_owner_of_many_messages_makes_nobody_wait_for_all() -> None:
+    engine, many = engine_of(0.02), Chat()
+    outs: list[list[Any]] = [[] for _ in range(5)]
+    threads = [start(engine, many, f"mine{i}", outs[i]) for i in range(4)]
+    wait_for(lambda: len(engine.lane) == 3)
+    threads.append(start(engine, Chat(), "yours", outs[4]))
+    threads[4].join(10)
+    assert sum(bool(out and getattr(out[-1], "stage", "") == "done") for out in outs[:4]) <= 2
+    for thread in threads:
+        thread.join(10)
+
+
+def test_store_bounds_the_number_of_chats_but_keeps_those_at_work() -> None:
+    store = ChatStore(max_chats=2)
+    with store.new(("tab", "0")).running(threading.Event()):
+        for i in (1, 2):
+            store.new(("tab", str(i)))
+        assert store.get(("tab", "0")) is not None
+        assert store.get(("tab", "1")) is None
+        assert len(store) == 2
+
+
+def test_replaced_chat_is_stopped() -> None:
+    store, cancel = ChatStore(), threading.Event()
+    with store.new(("tab", "0")).running(cancel):
+        store.new(("tab", "0"))
+    assert cancel.is_set()
+
+
+# Switching models
+
+
+def need_of(needed: int, free: int) -> Any:
+    return lambda model, device, dtype: MemoryNeed(needed, free)
+
+
+def test_switch_keeps_conversations_and_comes_back_without_reading() -> None:
+    engine, chat = engine_of(), Chat()
+    last(engine.reply(chat, "one"))
+    engine.models.switch("/srv/other", "float32")
+    reply = last(engine.reply(chat, "two"))
+    assert reply.text == "turn 2 images 0: two"
+    assert reply.metrics.resumed.reread == 1, "another model has to read what this one has not"
+    engine.models.switch("/srv/models/fake", "float32")
+    chat.go_back(1)
+    assert last(engine.reply(chat, "three")).metrics.resumed.reread == 0
+
+
+def test_failed_switch_keeps_the_old_model() -> None:
+    engine = engine_of(need=need_of(1, 2))
+    last(engine.reply(Chat(), "one"))
+    with pytest.raises(EngineError, match=r'"broken" could not be loaded: its file is cut short'):
+        engine.models.switch("/srv/broken", "float32")
+    assert engine.model == "/srv/models/fake"
+    assert engine.status.stage == "ready"
+    assert last(engine.reply(Chat(), "two")).text == "turn 1 images 0: two"
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+    engine = engine_of(need=need_of(8 << 30, 2 << 30))
+    with pytest.raises(EngineError, match=r"needs 8\.0 GiB of memory, 2\.0 GiB are free: it does not fit"):
+        last(engine.reply(Chat(), "one"))
+
+
+# A real model behind branches
+
+
+@pytest.mark.parametrize("fixture", ["tiny_dir", "tiny_teacher_dir"])
+def test_a_branch_equals_a_fresh_conversation(fixture: str, request: pytest.FixtureRequest, picture: Path) -> None:
+    """Ask, ask, go back, ask otherwise, return to the first branch: states and answers equal those of conversations
+    that never branched, and of one that was read again from its words."""
+    directory = request.getfixturevalue(fixture)
+    engine = Engine(str(directory), "cpu", "float32")
+
+    def talk(chat: Chat, *texts: str) -> Reply:
+        return [last(engine.reply(chat, text, [picture] if text == "A" else [], GREEDY)) for text in texts][-1]
+
+    chat = Chat(engine.chats.states)
+    talk(chat, "A", "B", "C")
+    chat.go_back(1)
+    branch = talk(chat, "D")
+    straight = Chat(engine.chats.states)
+    assert talk(straight, "A", "D").text == branch.text
+    same_states(chat.head, straight.head)
+    chat.go_to(0)
+    again = talk(chat, "E")
+    straight = Chat(engine.chats.states)
+    assert talk(straight, "A", "B", "C", "E").text == again.text
+    same_states(chat.head, straight.head)
+    assert again.metrics.resumed.reread == 0
+
+
+def same_states(one: Turn | None, other: Turn | None) -> None:
+    assert one is not None
+    assert other is not None
+    mine, theirs = (state_of(turn).fork().tensors() for turn in (one, other))
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-5), f"{name} differs"
+
+
+@pytest.mark.parametrize("fixture", ["tiny_dir", "tiny_teacher_dir"])
+def test_interleaved_sessions_equal_each_alone(fixture: str, request: pytest.FixtureRequest) -> None:
+    directory = request.getfixturevalue(fixture)
+    prompts = [["Hi", "What?", "Why?"], ["Lo", "Where?", "Who?"]]
+
+    def talk(engine: Engine, chats: list[Chat]) -> list[list[str]]:
+        answers: list[list[str]] = [[] for _ in chats]
+        for i in range(3):
+            threads = [
+                threading.Thread(
+                    target=lambda n=n, i=i: answers[n].append(
+                        last(engine.reply(chats[n], prompts[n][i], settings=GREEDY)).text
+                    )
+                )
+                for n in range(len(chats))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        return answers
+
+    together = talk(Engine(str(directory), "cpu", "float32"), [Chat(), Chat()])
+    for n in (0, 1):
+        engine, chat = Engine(str(directory), "cpu", "float32"), Chat()
+        alone = [last(engine.reply(chat, text, settings=GREEDY)).text for text in prompts[n]]
+        assert together[n] == alone

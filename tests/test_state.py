@@ -20,6 +20,7 @@ from tests.helpers import (
     FIXTURES,
     FOLDERS,
     IMAGE_ID,
+    KINDS,
     TILE_TOKENS,
     TOLERANCE,
     assert_near,
@@ -314,3 +315,34 @@ def test_what_is_no_state_is_refused(content: str, tmp_path: Path) -> None:
         path.write_bytes(b"" if content == "empty" else json.dumps({"seqlen": 3}).encode() * 9)
     with pytest.raises(ValueError, match=r"file is not a decoding state; use a file written by DecodeState.save"):
         DecodeState.load(path, model.config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fork_and_share_keep_every_branch_apart(kind: str) -> None:
+    """Two forks of one snapshot go on differently; each equals a fresh pass, and the snapshot stays as it was."""
+    model = golden_model("post", kind)
+    start, left, right = ([5, 6, 7, 8], [9, 10, 11], [20, 21])
+    snapshot = model.new_state()
+    prefill(model, ModelInputs(torch.tensor([start])), snapshot)
+    before = snapshot.fork().clone().tensors()
+    for more in (left, right):
+        branch = snapshot.fork()
+        logits = prefill(model, ModelInputs(torch.tensor([more])), branch)
+        fresh = model.new_state()
+        expected = prefill(model, ModelInputs(torch.tensor([start + more])), fresh)
+        assert_near(f"logits after {more}", logits, expected, 1e-4)
+        snapshot.share_(branch)
+        again = snapshot.fork().tensors()
+        assert all(torch.equal(t, again[name]) for name, t in before.items())
+    held = snapshot.storages()
+    both = held | branch.storages()
+    caches = sum(t.untyped_storage().nbytes() for name, t in branch.tensors().items() if "cache" in name)
+    assert sum(both.values()) == sum(held.values()) + sum(branch.storages().values()) - caches, "caches were not shared"
+
+
+def test_share_with_a_shorter_state_is_refused() -> None:
+    model = golden_model("post", "hovle")
+    long, short = model.new_state(), model.new_state()
+    prefill(model, ModelInputs(torch.tensor([[5, 6, 7]])), long)
+    with pytest.raises(ValueError, match="did not go on"):
+        long.share_(short)

@@ -1,0 +1,199 @@
+"""The tab that compares: one question to both models, and the context grown until one of them ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import panel_views as views
+from app.compare import Compare
+from app.engine import Engine, EngineError, Settings
+from app.grow import CONTEXTS, Grow, Growth
+from app.options import Options
+from app.scratch import scratch_folder
+from app.views import notice
+
+log = logging.getLogger(__name__)
+
+MIN_GAP_S = 0.12  # between two updates: each carries two charts
+UNEXPECTED = "Something went wrong on the server. Try again."
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class Panel:
+    """Events of the tab, over one engine. A visitor's conversations are keyed by the browser's session."""
+
+    def __init__(self, engine: Engine, names: Sequence[str], options: Options, states: Path | None) -> None:
+        self.engine, self.names, self.options = engine, tuple(names), options
+        self.states = states or scratch_folder("contexts")
+        self._compares: dict[str, Compare] = {}
+        self._grows: dict[str, Grow] = {}
+
+    # Compare
+
+    def ask(self, message: dict[str, Any] | None, request: gr.Request, *options: Any) -> Iterator[tuple[Any, ...]]:
+        """(box, panel, notice) while both models answer."""
+        text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
+        yield from self._ask(text, files, request, options)
+
+    def example(self, question: str, files: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+        """What the button of an example does. Nothing that a browser sends names its file."""
+
+        def ask(request: gr.Request, *options: Any) -> Iterator[tuple[Any, ...]]:
+            yield from self._ask(question, files, request, options)
+
+        return ask
+
+    def _ask(
+        self, text: str, files: list[str], request: gr.Request, options: Sequence[Any]
+    ) -> Iterator[tuple[Any, ...]]:
+        compare = self._compare(request)
+        yield _box(False), gr.skip(), ""
+        fault, shown, last = "", "", 0.0
+        try:
+            settings = Settings.from_dict(self.options.values(options))
+            for view in compare.ask(text, files, settings):
+                if not view.done and time.monotonic() - last < MIN_GAP_S:
+                    continue
+                last, html = time.monotonic(), views.panel(view)
+                yield gr.skip(), gr.skip() if html == shown else html, gr.skip()
+                shown = html
+        except EngineError as error:
+            fault = str(error)
+        except Exception:
+            log.exception("a comparison failed")
+            fault = UNEXPECTED
+        given_back = {"text": text, "files": files} if fault else {"text": "", "files": []}
+        yield _box(True, given_back), gr.skip(), notice(fault)
+
+    def stop(self, request: gr.Request) -> None:
+        self._compare(request).stop()
+
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        self.forget(request)
+        return _box(True, {"text": "", "files": []}), views.EMPTY_PANEL, ""
+
+    def forget(self, request: gr.Request) -> None:
+        """The tab was closed, or a new comparison begins."""
+        key = str(request.session_hash)
+        if (compare := self._compares.pop(key, None)) is not None:
+            compare.close()
+        if (grow := self._grows.pop(key, None)) is not None:
+            grow.stop()
+
+    def _compare(self, request: gr.Request) -> Compare:
+        return self._compares.setdefault(str(request.session_hash), Compare(self.engine, self.names))
+
+    # Grow the context
+
+    def grow(
+        self, longest: int, minutes: float, picture: str | None, request: gr.Request
+    ) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
+        """(start, stop, growth, csv, png) while the context grows."""
+        key = str(request.session_hash)
+        if key in self._grows and not self._grows[key].growth.done:
+            return
+        grow = self._grows[key] = Grow(self.engine, self.names, self.states)
+        hide = gr.DownloadButton(visible=False)
+        yield gr.Button(interactive=False), gr.Button(interactive=True), gr.skip(), hide, hide
+        shown, last, view = "", 0.0, Growth()
+        try:
+            for view in grow.run(int(longest), 60 * float(minutes), picture or None):
+                if not view.done and time.monotonic() - last < MIN_GAP_S:
+                    continue
+                last, html = time.monotonic(), views.growth(view)
+                yield gr.skip(), gr.skip(), gr.skip() if html == shown else html, gr.skip(), gr.skip()
+                shown = html
+        except EngineError as error:
+            shown = notice(str(error))
+        except Exception:
+            log.exception("growing the context failed")
+            shown = notice(UNEXPECTED)
+        # The files take a moment more; the buttons should not wait for them.
+        yield gr.Button(interactive=True), gr.Button(interactive=False), shown, gr.skip(), gr.skip()
+        yield gr.skip(), gr.skip(), gr.skip(), *self._files(view)
+
+    def stop_growing(self, request: gr.Request) -> None:
+        if (grow := self._grows.get(str(request.session_hash))) is not None:
+            grow.stop()
+
+    def _files(self, view: Growth) -> tuple[Any, Any]:
+        """The measured points as a table and as a picture, if there are any."""
+        if not view.points:
+            return gr.skip(), gr.skip()
+        from mmmamba.chart import png
+        from mmmamba.sweep import charts, to_csv
+
+        folder = scratch_folder("growth")
+        table, picture = folder / "context.csv", folder / "context.png"
+        table.write_text(to_csv(view.points), encoding="utf-8")
+        info = self.engine.info
+        note = "" if info is None else f"{info.device}, {info.dtype}"
+        picture.write_bytes(png(charts(view.points, view.predictions), note))
+        return gr.DownloadButton(value=str(table), visible=True), gr.DownloadButton(value=str(picture), visible=True)
+
+
+def _box(open_: bool, value: dict[str, Any] | None = None) -> Any:
+    changes: dict[str, Any] = {} if value is None else {"value": value}
+    return gr.MultimodalTextbox(interactive=open_, submit_btn=open_, stop_btn=not open_, **changes)
+
+
+def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]], folder: Path) -> None:
+    """The tab's components and their events. `examples`: (file in `folder`, question)."""
+    with gr.Row(elem_id="compare-ask"):
+        box = gr.MultimodalTextbox(
+            elem_id="compare-box",
+            label="Question to both models",
+            show_label=False,
+            placeholder="Ask both models about a picture …",
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            max_lines=4,
+            max_plain_text_length=panel.engine.limits.max_text_chars,
+            scale=5,
+        )
+        clear = gr.Button("Start over", elem_id="compare-clear", scale=1, min_width=120)
+    with gr.Row(elem_id="compare-examples"):
+        buttons = [
+            gr.Button(question, icon=folder / name, elem_id=f"compare-{Path(name).stem}", size="sm", min_width=120)
+            for name, question in examples
+        ]
+    fault = gr.HTML("", elem_id="compare-notice")
+    out = gr.HTML(views.EMPTY_PANEL, elem_id="panel")
+    with gr.Column(elem_id="grow"):
+        gr.Markdown("## Grow the context")
+        with gr.Row():
+            longest = gr.Dropdown(
+                [(f"{c:,} tokens", c) for c in CONTEXTS],
+                value=CONTEXTS[1],
+                label="Up to",
+                info="Longer takes longer to read",
+                elem_id="grow-longest",
+            )
+            minutes = gr.Slider(
+                0.5, 30, 3, step=0.5, label="Minutes of reading", info="At most, for each model", buttons=[]
+            )
+        with gr.Accordion("Repeat a picture instead of text alone", open=False):
+            picture = gr.Image(
+                type="filepath", sources=["upload"], label="Picture to repeat", height=160, elem_id="grow-picture"
+            )
+        with gr.Row():
+            start = gr.Button("Grow the context", variant="primary", elem_id="grow-start")
+            stop = gr.Button("Stop", interactive=False, elem_id="grow-stop")
+            table = gr.DownloadButton("Table (CSV)", visible=False, elem_id="grow-csv")
+            image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
+        grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
+    shown = [box, out, fault]
+    box.submit(panel.ask, [box, *options], shown, **PRIVATE)
+    for button, (name, question) in zip(buttons, examples, strict=True):
+        button.click(panel.example(question, [str(folder / name)]), options, shown, **PRIVATE)
+    box.stop(panel.stop, queue=False, **PRIVATE)
+    clear.click(panel.clear, None, shown, queue=False, **PRIVATE)
+    start.click(panel.grow, [longest, minutes, picture], [start, stop, grown, table, image], **PRIVATE)
+    stop.click(panel.stop_growing, queue=False, **PRIVATE)

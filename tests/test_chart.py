@@ -1,0 +1,76 @@
+"""Charts: what is drawn says in words what it shows, and lies where it belongs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import xml.etree.ElementTree as ET
+
+from PIL import Image
+
+from mmmamba.chart import HEIGHT, WIDTH, Chart, Line, mebibytes, milliseconds, png, svg, thousands
+
+CHART = Chart(
+    "Time for a token",
+    milliseconds,
+    (
+        Line("student <1>", "linear", ((1024, 20.0), (4096, 20.0)), ((1024, 19.0), (103_000, 19.0))),
+        Line("teacher", "teacher", ((1024, 18.0), (4096, 40.0)), ((1024, 18.0), (60_000, 300.0)), end=60_000),
+    ),
+    log_x=True,
+)
+
+
+def test_svg_is_well_formed_and_says_what_it_shows() -> None:
+    root = ET.fromstring(svg(CHART))
+    assert root.get("role") == "img"
+    label = root.get("aria-label") or ""
+    assert "student <1>: 20 ms at 4,096 tokens; teacher: 40 ms at 4,096 tokens" in label
+    texts = [e.text for e in root.iter("text")]
+    for text in (
+        "Time for a token",
+        "student <1>",
+        "20 ms at 4K",
+        "teacher",
+        "memory full",
+        "16K",
+        "tokens of context",
+    ):
+        assert text in texts
+    for e in root.iter("polyline"):
+        points = [tuple(map(float, p.split(","))) for p in (e.get("points") or "").split()]
+        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+
+
+def test_a_rising_line_rises_and_a_flat_one_stays() -> None:
+    root = ET.fromstring(svg(CHART))
+    heights = {
+        e.get("class"): [float(p.split(",")[1]) for p in (e.get("points") or "").split()] for e in root.iter("polyline")
+    }
+    flat, rising = heights["line line-linear measured"], heights["line line-teacher measured"]
+    assert flat[0] == flat[1]
+    assert rising[1] < rising[0] - 10, "pixels count downwards"
+
+
+def test_names_do_not_lie_on_each_other() -> None:
+    same = Chart("x", milliseconds, tuple(Line(f"m{i}", "linear", ((0, 5.0), (9, 5.0))) for i in range(3)))
+    ys = sorted(float(y) for y in re.findall(r'class="name[^"]*" x="[\d.]+" y="([\d.]+)"', svg(same)))
+    assert all(b - a >= 30 for a, b in itertools.pairwise(ys))
+    assert ys[-1] < HEIGHT
+
+
+def test_an_empty_chart_is_a_chart() -> None:
+    assert "Nothing measured yet" in svg(Chart("x", milliseconds, (Line("a", "linear"),)))
+
+
+def test_png_shows_both_colours() -> None:
+    image = Image.open(io.BytesIO(png([CHART, CHART], "a note")))
+    assert image.size == (2 * WIDTH, 2 * (2 * HEIGHT + 24))
+    colours = {colour for _, colour in image.getcolors(2**20) or []}
+    assert {(15, 118, 110), (194, 65, 12)} <= colours
+
+
+def test_numbers_as_people_say_them() -> None:
+    assert [thousands(x) for x in (500, 1024, 16_384, 103_000, 2500)] == ["500", "1K", "16K", "103K", "2.5K"]
+    assert [mebibytes(x * 2**20) for x in (0, 5.5, 71, 6000)] == ["0 MiB", "5.5 MiB", "71 MiB", "5.9 GiB"]

@@ -1,0 +1,28 @@
+"""What the machine says of its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmmamba import memory
+
+
+def test_free_memory_falls_by_what_is_taken() -> None:
+    before = memory.free_memory_bytes()
+    if before is None:
+        return  # this system does not tell
+    held = [torch.ones(2**26) for _ in range(2)]  # 512 MiB
+    assert before - memory.free_memory_bytes() > 2**28
+    assert held[0][0] == 1
+
+
+def test_a_container_may_have_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_memory_bytes() == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory_bytes() != 600_000
