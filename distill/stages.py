@@ -27,10 +27,6 @@ from mmmamba.model import Block, MMMamba
 
 # Longer than any training row: one chunk, whose masked products compile into few kernels.
 TRAINING_CHUNK = 512
-NEW_IN_MIXERS = frozenset(
-    f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
-)
-VKQ = "mixer.in_proj.vkq"
 _NO_DECAY = ("A_log", "dt_bias", ".bias", "norm.weight", "position_embedding", "class_embedding")
 
 
@@ -79,6 +75,13 @@ def compile_blocks(model: nn.Module) -> None:
 def no_weight_decay(name: str) -> bool:
     """Whether a parameter is a scale, an offset or a position, which decay would only pull off."""
     return any(part in name for part in _NO_DECAY)
+
+
+def mixer_kinds(*, vkq: bool, decay: bool = True) -> frozenset[str]:
+    """What trains in a student's mixers: all that is new in them, V, K, Q or not, decays and step sizes or not."""
+    names = ["in_proj.gate_dt", "conv.weight", "conv.bias", "norm.weight"]
+    names += ["in_proj.vkq"] * vkq + ["A_log", "dt_bias"] * decay
+    return frozenset(f"mixer.{name}" for name in names)
 
 
 class TeacherStage(Stage):
@@ -164,7 +167,7 @@ class LayerStage(Stage):
     def __init__(self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
-        self.trains = NEW_IN_MIXERS | ({VKQ} if train_vkq else frozenset())
+        self.trains = mixer_kinds(vkq=train_vkq)
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )
@@ -199,9 +202,8 @@ class LayerStage(Stage):
 class LogitsStage(Stage):
     """Stage 3: the student's answers against the teacher's, token by token."""
 
-    trains = NEW_IN_MIXERS | {VKQ}
-
     def __init__(self, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> None:
+        self.trains = mixer_kinds(vkq=True)
         self.teacher = teacher.requires_grad_(False)
         self.model = student.requires_grad_(False)
         for _, layer in paired_layers(teacher, student):
