@@ -18,7 +18,7 @@ EXAMPLES_DIR = Path(__file__).with_name("examples")
 EXAMPLES = (
     ("shapes.png", "How many circles are there?"),
     ("scene.png", "Describe the picture."),
-    ("oranges.jpg", "What is in the picture?"),
+    ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
 )
 INTRO = (

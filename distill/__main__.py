@@ -22,8 +22,9 @@ from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.faults import Interrupted
 from distill.pipeline import Run, convert, export, run_all, train_stage, train_teacher
+from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
-from distill.streams import accepted, places
+from distill.streams import accepted, nlvr_folder, places
 from mmmamba.bundle import save_bundle
 from mmmamba.checkpoint import load_model
 from mmmamba.tokenizer import load_tokenizer
@@ -97,9 +98,14 @@ def run_eval(args: argparse.Namespace) -> None:
     """Print exact-match accuracy on held-out questions."""
     model = load_model(args.model, device=args.device)
     rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
-    named = places(args.data, photos=args.photos).named
-    photos = Photos(named["photos"], "val") if "photos" in named else None
-    scores = accuracy(model, rows, photos, count=args.count, **accepted(accuracy, named))
+    where = places(args.data, photos=args.photos)
+    photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
+    named = accepted(accuracy, where.named) | {"nlvr": nlvr_folder(where.text)}
+    scores = accuracy(model, rows, photos, count=args.count, **named)
+    if fonts := where.named.get("fonts"):
+        scores["printed_text_cer"] = round(
+            printed_error_rate(model, rows.tokenizer, min(args.count, 200), fonts=fonts), 4
+        )
     print(json.dumps({"model": args.model, "count": args.count} | scores))
 
 

@@ -98,6 +98,25 @@ def make_student(
     return student
 
 
+def fused_copy(student: MMMamba) -> MMMamba:
+    """The student with every mixer's projection in its stored form; it may train on, everything else is shared."""
+    view = copy.copy(student)
+    view._modules = dict(student._modules)
+    for name in ("embedding", "language"):
+        stack = copy.copy(getattr(student, name))
+        stack._modules = dict(stack._modules)
+        layers = []
+        for layer in stack.layers:
+            if isinstance(layer.mixer, Mamba2Mixer):
+                layer, mixer = copy.copy(layer), copy.copy(layer.mixer)
+                mixer._modules = dict(mixer._modules)
+                layer._modules = dict(layer._modules) | {"mixer": mixer}
+            layers.append(layer)
+        stack.layers = nn.ModuleList(layers)
+        view._modules[name] = stack
+    return fuse_(view)
+
+
 @torch.no_grad()
 def fuse_(student: MMMamba) -> MMMamba:
     """Put every mixer's projection into its stored form, one Linear; in place."""

@@ -7,12 +7,14 @@ several answers are right, the best one counts (`is_right` on decoded text is mo
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.photos import Photos
 from distill.data.sample import Sample
-from distill.tasks import ALTERNATIVES, TASKS, held_out
+from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, held_out
 from mmmamba.model import MMMamba
 
 
@@ -31,18 +33,31 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
 
 
 def accuracy(
-    model: MMMamba, rows: Rows, photos: Photos | None, *, count: int, batch_size: int = 64
+    model: MMMamba,
+    rows: Rows,
+    photos: Photos | None,
+    *,
+    count: int,
+    icons: Path | None = None,
+    fonts: Path | None = None,
+    nlvr: Path | None = None,
+    batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of exact matches for each task; `photos_label` is left out without photos."""
+    """Share of exact matches for each task; those that need photos, icons, fonts or NLVR are left out without them."""
+    needs = (
+        dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons) | {"printed_text": fonts, "nlvr": nlvr}
+    )
     result = {}
     for task in TASKS:
-        if task == "photos_label" and photos is None:
+        if needs.get(task, ...) is None:
             continue
         made = [
             rows.row(Sample(q.image, ((q.question, q.answer.split(ALTERNATIVES)[0]),), task))
-            for q in held_out(task, count, photos=photos)
+            for q in held_out(task, count, photos=photos, icons=icons, fonts=fonts, nlvr=nlvr)
         ]
         fitting = [row for row in made if row is not None]
+        if not fitting:  # photos without a class that is never taught
+            continue
         hits = [
             exact_matches(model, stack(fitting[i : i + batch_size])).float() for i in range(0, len(fitting), batch_size)
         ]

@@ -5,21 +5,27 @@ Fixed shapes and no look at values on the device are what lets a whole step be c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.data.batches import Batch, pixel_values
+from distill.data.packing import PackedBatch
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba, TokenLayout, token_layout
+from mmmamba.segments import Segments
 
 
 class Inputs(NamedTuple):
     """One batch for a stage.
 
     layout: where its tokens lie in the embedding stack.   shape: (batch, seqlen) of the language model.
-    pixels: uint8 (batch, side, side, 3), or None.
+    pixels: uint8 (num_tiles, side, side, 3), tiles of all samples in order, or None.
+    segments: of packed rows, as the embedding stack and the language model count their tokens; None: a sample a row.
+    real: 1 for a sample's token, 0 for padding and blank tiles, float, shaped as the ids of `segments`; None with it.
+    answers: (slots,) 1 where the next token is part of an answer; equal to `weights` unless all tokens count.
     positions, targets: (slots,) flat positions whose next token is learned, and those tokens.
     weights: (slots,) 1 for a token, 0 for an empty slot.
     """
@@ -27,6 +33,9 @@ class Inputs(NamedTuple):
     layout: TokenLayout
     shape: tuple[int, int]
     pixels: Tensor | None
+    segments: tuple[Segments, Segments] | None
+    real: tuple[Tensor, Tensor] | None
+    answers: Tensor
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -38,53 +47,106 @@ class Inputs(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Every tensor, in a fixed order."""
         pixels = [] if self.pixels is None else [self.pixels]
-        return [*self.layout, *pixels, self.positions, self.targets, self.weights]
+        borders = [] if self.segments is None else [t for stack in self.segments for t in stack]
+        borders += self.real or ()
+        return [*self.layout, *pixels, *borders, self.answers, self.positions, self.targets, self.weights]
 
     def to(self, device: torch.device) -> Inputs:
         """A copy on the device, not waited for."""
-        move = [t.to(device, non_blocking=True) for t in self.tensors()]
-        layout = TokenLayout(*move[: len(self.layout)])
-        pixels = None if self.pixels is None else move[len(self.layout)]
-        return Inputs(layout, self.shape, pixels, *move[-3:])
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Inputs:
+        """A copy in page-locked memory, from which `to` need not wait."""
+        return self._map(lambda t: t if t.is_pinned() else t.pin_memory())
 
     def copy_(self, other: Inputs) -> None:
         """Take over the values of another batch of the same shapes.  Raises: ValueError if shapes differ."""
-        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
-            if mine.shape != new.shape:
-                raise ValueError(f"a batch has a tensor of shape {tuple(new.shape)}, the first had {tuple(mine.shape)}")
-            mine.copy_(new, non_blocking=True)
+        mine, others = self.tensors(), other.tensors()
+        if len(mine) != len(others):
+            raise ValueError(f"a batch has {len(others)} tensors, the first had {len(mine)}; keep to one kind of batch")
+        for tensor, new in zip(mine, others, strict=True):
+            if tensor.shape != new.shape:
+                raise ValueError(
+                    f"a batch has a tensor of shape {tuple(new.shape)}, the first had {tuple(tensor.shape)}"
+                )
+            tensor.copy_(new, non_blocking=True)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        segments = None
+        if self.segments is not None:
+            embedding, language = (Segments(*map(change, stack)) for stack in self.segments)
+            segments = (embedding, language)
+        return Inputs(
+            layout=TokenLayout(*map(change, self.layout)),
+            shape=self.shape,
+            pixels=None if self.pixels is None else change(self.pixels),
+            segments=segments,
+            real=None if self.real is None else (change(self.real[0]), change(self.real[1])),
+            answers=change(self.answers),
+            positions=change(self.positions),
+            targets=change(self.targets),
+            weights=change(self.weights),
+        )
 
 
-def prepare(batch: Batch, config: ModelConfig, answer_tokens: int | None = None) -> Inputs:
+def prepare(
+    batch: Batch | PackedBatch, config: ModelConfig, answer_tokens: int | None = None, *, all_tokens: bool = False
+) -> Inputs:
     """Lay a batch out on the CPU.
 
     Args:
         answer_tokens: slots a row (on average over the batch) for learned tokens: what is over is dropped from the end,
             what is missing has weight 0. None: as many as there are.
+        all_tokens: a slot for every position, with weight 0 on padding alone.
     """
-    seqlen = batch.input_ids.shape[1]
-    rows, columns = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
-    positions, targets = rows * seqlen + columns, batch.input_ids[rows, columns + 1]
-    weights = torch.ones(len(positions))
-    if answer_tokens is not None:
-        slots = answer_tokens * len(batch.input_ids)
-        fill = max(0, slots - len(positions))
-        positions, targets, weights = (torch.cat([t[:slots], t.new_zeros(fill)]) for t in (positions, targets, weights))
+    rows, seqlen = batch.input_ids.shape
+    packed = batch if isinstance(batch, PackedBatch) else None
+    follows = torch.zeros(rows, seqlen, dtype=torch.bool)  # the next token is learned
+    follows[:, :-1] = batch.loss_mask[:, 1:]
+    if packed is not None:
+        follows[:, :-1] &= packed.segment_ids[:, 1:] == packed.segment_ids[:, :-1]
+    if all_tokens:
+        positions = torch.arange(rows * seqlen)
+        targets = batch.input_ids.roll(-1, dims=1).flatten()
+        # A row ends with the last learned token; what comes behind is padding.
+        real = packed.is_real if packed is not None else batch.loss_mask.flip(1).cumsum(1).flip(1) > 0
+        weights, answers = real.flatten().float(), follows.flatten().float()
+    else:
+        positions = follows.flatten().nonzero().squeeze(1)
+        targets = batch.input_ids.flatten()[positions + 1]
+        weights = torch.ones(len(positions))
+        if answer_tokens is not None:
+            slots = answer_tokens * rows
+            fill = max(0, slots - len(positions))
+            positions, targets, weights = (
+                torch.cat([t[:slots], t.new_zeros(fill)]) for t in (positions, targets, weights)
+            )
+        answers = weights.clone()
     embedding = config.embedding
-    layout = token_layout(batch.input_ids, embedding.img_context_token_id, embedding.stack_tokens_per_image_token)
-    inputs = Inputs(layout, (len(batch.input_ids), seqlen), batch.pixels, positions, targets, weights)
-    if torch.cuda.is_available():
-        layout = TokenLayout(*(t.pin_memory() for t in inputs.layout))
-        inputs = inputs._replace(
-            layout=layout, positions=positions.pin_memory(), targets=targets.pin_memory(), weights=weights.pin_memory()
+    repeat = embedding.stack_tokens_per_image_token
+    layout = token_layout(batch.input_ids, embedding.img_context_token_id, repeat)
+    segments = real_positions = None
+    if packed is not None:
+        repeats = torch.where(batch.input_ids == embedding.img_context_token_id, repeat, 1).flatten()
+        stack_ids = packed.segment_ids.flatten().repeat_interleave(repeats).view(rows, -1)
+        segments = (
+            Segments.of(stack_ids, packed.max_segments),
+            Segments.of(packed.segment_ids, packed.max_segments),
         )
-    return inputs
+        is_real = packed.is_real.float()
+        real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
+    inputs = Inputs(
+        layout, (rows, seqlen), batch.pixels, segments, real_positions, answers, positions, targets, weights
+    )
+    return inputs.pin_memory() if torch.cuda.is_available() else inputs
 
 
 def hidden_states(model: MMMamba, inputs: Inputs) -> Tensor:
     """Hidden states before the output head, (batch, seqlen, hidden_size)."""
     pixels = None if inputs.pixels is None else pixel_values(inputs.pixels)
-    return model.language(model.embedding.embed_layout(inputs.layout, inputs.shape, pixels))
+    of_embedding, of_language = (None, None) if inputs.segments is None else inputs.segments
+    x = model.embedding.embed_layout(inputs.layout, inputs.shape, pixels, segments=of_embedding)
+    return model.language(x, segments=of_language)
 
 
 def answer_hidden(model: MMMamba, inputs: Inputs) -> Tensor:
@@ -92,6 +154,6 @@ def answer_hidden(model: MMMamba, inputs: Inputs) -> Tensor:
     return hidden_states(model, inputs).flatten(0, 1).index_select(0, inputs.positions)
 
 
-def weighted_mean(values: Tensor, inputs: Inputs) -> Tensor:
-    """Mean over the filled slots of (slots,) values."""
-    return (values * inputs.weights).sum() / inputs.weights.sum()
+def mean_weights(weights: Tensor) -> Tensor:
+    """(slots,) weights that add up to 1, so that a sum by them is the mean over the filled slots."""
+    return weights / weights.sum().clamp(min=1.0)

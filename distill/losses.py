@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MSE_SCALE = 1000.0  # the reference's; keeps bf16 gradients of small errors in range
 
 
-def layer_mse(student: Tensor, teacher: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What stage 3 minimises: temperature² · KL(teacher || student) + ce_weight · cross-entropy.
+
+    all_tokens: the divergence counts at every token of a sample, its picture and question too; else where an answer is
+        to be learned. Cross-entropy counts on answers alone.
+    reduction: "mean" over the tokens that count, or their "sum".
+    temperature: divides the logits of both in the divergence. Its gradient falls with temperature², which the factor
+        makes up for, so that `ce_weight` and learning rate keep their meaning (Hinton et al., arXiv:1503.02531).
+    """
+
+    all_tokens: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction "{self.reduction}" is not known; use "mean" or "sum"')
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; 1 leaves the logits alone")
+        if not self.ce_weight >= 0:
+            raise ValueError(f"ce_weight={self.ce_weight} is below 0; use 0 to leave cross-entropy out")
+
+    @classmethod
+    def reference(cls) -> Objective:
+        """The published training code's: the sum over all tokens."""
+        return cls(all_tokens=True, reduction="sum")
+
+
+def layer_mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error between a mixer's and its attention's per-head outputs, before the output projection.
 
     Both (batch, seqlen, hidden_size). The stage loss is MSE_SCALE times the mean of this over layers.
+
+    Args: weights: (batch, seqlen) of the positions in the mean; None: all the same.
     """
-    return F.mse_loss(student.float(), teacher.float())
+    if weights is None:
+        return F.mse_loss(student.float(), teacher.float())
+    errors = (student.float() - teacher.float()).square().mean(dim=-1)
+    return (errors * weights).sum() / weights.sum().clamp(min=1.0)
 
 
-def token_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of every row in nats: logits (..., vocab_size) to (...)."""
-    log_p = F.log_softmax(teacher_logits.float(), dim=-1)
-    log_q = F.log_softmax(student_logits.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+def token_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """temperature² · KL(teacher || student) of every row in nats: logits (..., vocab_size) to (...).
+
+    Holds several matrices of that size; `chunked_loss` computes the same from hidden states in pieces.
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(teacher_logits.to(wide) / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits.to(wide) / temperature, dim=-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1)

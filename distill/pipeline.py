@@ -19,7 +19,7 @@ from distill.kept import CONVERT, ORDER, Kept, whole_mixers
 from distill.nano import new_teacher
 from distill.sharding import is_sharded, shard_, whole
 from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
-from distill.streams import Data, Places, accepted
+from distill.streams import Data, Places, accepted, nlvr_folder
 from distill.trainer import Trained, train
 from mmmamba.checkpoint import load_model, save_model
 from mmmamba.model import MMMamba
@@ -217,7 +217,7 @@ def _report(run: Run, model: MMMamba, name: str, data: Data) -> None:
     """Print and log exact matches on held-out questions; spread weights need all processes for it."""
     if not run.eval_count or not (run.processes.is_main or run.shard):
         return
-    named = accepted(accuracy, data.places.named)
+    named = accepted(accuracy, data.places.named) | {"nlvr": nlvr_folder(data.places.text)}
     scores = accuracy(model, data.rows("image"), data.val_photos, count=run.eval_count, **named)
     line = json.dumps({"stage": name, "eval_count": run.eval_count, "exact_match": scores})
     run.say(line)

@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.chunked_loss import Loss, chunked_loss
 from distill.convert import make_student
-from distill.inputs import Inputs, answer_hidden, hidden_states, weighted_mean
-from distill.losses import MSE_SCALE, layer_mse, token_kl
+from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
+from distill.losses import MSE_SCALE, Objective, layer_mse
+from mmmamba.kernels import select_scan
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import Block, MMMamba
+from mmmamba.segments import Segments
 
 # Longer than any training row: one chunk, whose masked products compile into few kernels.
 TRAINING_CHUNK = 512
+NEW_IN_MIXERS = frozenset(
+    f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
+)
+VKQ = "mixer.in_proj.vkq"
+DECAY = frozenset(("mixer.A_log", "mixer.dt_bias"))
 _NO_DECAY = ("A_log", "dt_bias", ".bias", "norm.weight", "position_embedding", "class_embedding")
 
 
@@ -35,6 +42,7 @@ class Stage(ABC):
 
     model: MMMamba  # the network that the step runs
     trains: frozenset[str] | None = None  # kinds of parameters that train, and no others; None: undeclared
+    all_tokens = False  # `prepare` gives every token a slot, not only those of answers
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -66,10 +74,16 @@ class Stage(ABC):
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile layer by layer: one small graph a shape serves all layers of a type."""
+    choose_scan(model)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
+
+
+def choose_scan(model: nn.Module) -> None:
+    """Choose the scan that trains now: what a compiled graph calls must be known before it is traced."""
+    select_scan(next(model.parameters()).device.type, training=True)
 
 
 def no_weight_decay(name: str) -> bool:
@@ -77,15 +91,8 @@ def no_weight_decay(name: str) -> bool:
     return any(part in name for part in _NO_DECAY)
 
 
-def mixer_kinds(*, vkq: bool, decay: bool = True) -> frozenset[str]:
-    """What trains in a student's mixers: all that is new in them, V, K, Q or not, decays and step sizes or not."""
-    names = ["in_proj.gate_dt", "conv.weight", "conv.bias", "norm.weight"]
-    names += ["in_proj.vkq"] * vkq + ["A_log", "dt_bias"] * decay
-    return frozenset(f"mixer.{name}" for name in names)
-
-
 class TeacherStage(Stage):
-    """Everything trains; the pretrained language model at a rate of its own.
+    """Everything trains; the pretrained language model at a rate of its own. Packed rows hold pictures or none.
 
     The base that text is held to is the language model as it comes in, without the embedding stack (the identity then).
     """
@@ -116,20 +123,23 @@ class TeacherStage(Stage):
         out = {}
         for weight, inputs in batches:
             with self.autocast():
-                logits = self.model.language.output(answer_hidden(self.model, inputs))
+                hidden, head = answer_hidden(self.model, inputs), self.model.language.output.weight
+                weights = mean_weights(inputs.weights)
                 if inputs.is_image:
-                    losses = F.cross_entropy(logits.float(), inputs.targets, reduction="none")
+                    loss = chunked_loss(hidden, head, targets=inputs.targets, ce_weights=weights)
                 else:
-                    losses = token_kl(logits, self._base_logits(inputs))
-                loss = weighted_mean(losses, inputs)
-            (weight * loss).backward()
-            out["image_ce" if inputs.is_image else "text_kl"] = loss.detach()
+                    base = self._base_hidden(inputs), self.base.output.weight
+                    loss = chunked_loss(hidden, head, teacher_hidden=base[0], teacher_head=base[1], kl_weights=weights)
+            (weight * loss.total).backward()
+            out["image_ce" if inputs.is_image else "text_kl"] = loss.ce if inputs.is_image else loss.kl
         return out
 
     @torch.no_grad()
-    def _base_logits(self, inputs: Inputs) -> Tensor:
-        hidden = self.base(self.base_text(inputs.layout.stack_ids))  # text: both stacks see the same tokens
-        return self.base.output(hidden.flatten(0, 1).index_select(0, inputs.positions))
+    def _base_hidden(self, inputs: Inputs) -> Tensor:
+        # Text: both stacks see the same tokens.
+        segments = None if inputs.segments is None else inputs.segments[1]
+        hidden = self.base(self.base_text(inputs.layout.stack_ids), segments=segments)
+        return hidden.flatten(0, 1).index_select(0, inputs.positions)
 
 
 class PairedMixer(nn.Module):
@@ -145,39 +155,55 @@ class PairedMixer(nn.Module):
         self.scale = MSE_SCALE / num_layers
         self.weight = 1.0
         self.loss = torch.zeros(())
+        self.real: Tensor | None = None  # of packed rows: the positions that count
         self._attend = torch.compile(attention.mix, dynamic=False) if compiled else attention.mix
         self._error = torch.compile(self._mse, dynamic=False) if compiled else self._mse
 
-    def _mse(self, x: Tensor, target: Tensor) -> Tensor:
-        return layer_mse(self.mixer.mix(x, None, 0, None), target)
+    def _mse(self, x: Tensor, target: Tensor, segments: Segments | None, real: Tensor | None) -> Tensor:
+        return layer_mse(self.mixer.mix(x, None, 0, None, segments), target, real)
 
-    def forward(self, x: Tensor, state: object, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: object,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         with torch.no_grad():
-            target = self._attend(x, None, seqlen_offset, rope)
+            target = self._attend(x, None, seqlen_offset, rope, segments)
         with torch.enable_grad():
-            loss = self._error(x.detach(), target)
+            loss = self._error(x.detach(), target, segments, self.real)
             (self.weight * self.scale * loss).backward()
         self.loss = loss.detach()
         return self.attention.out_proj(target)
 
 
 class LayerStage(Stage):
-    """Stages 1 and 2: one pass of the teacher feeds the mixers of all layers."""
+    """Stages 1 and 2: one pass of the teacher feeds the mixers of all layers.
 
-    def __init__(self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool) -> None:
+    Args: train_decay: whether decays and step sizes (`A_log`, `dt_bias`) train too.
+    """
+
+    def __init__(
+        self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool, train_decay: bool = True
+    ) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
-        self.trains = mixer_kinds(vkq=train_vkq)
+        self.trains = _trained_kinds(train_vkq=train_vkq, train_decay=train_decay)
+        if compiled:
+            choose_scan(student)
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )
-        self.paired = [m for m in self.model.modules() if isinstance(m, PairedMixer)]
+        stacks = (self.model.embedding, self.model.language)
+        of_stacks = [[m for m in stack.modules() if isinstance(m, PairedMixer)] for stack in stacks]
+        self.paired = [paired for found in of_stacks for paired in found]
+        self.in_language = [False] * len(of_stacks[0]) + [True] * len(of_stacks[1])
         for paired in self.paired:
             mixer: Any = paired.mixer
-            mixer.requires_grad_(True)
-            mixer.out_proj.requires_grad_(False)
+            _train_mixer(mixer, train_decay)
             mixer.in_proj.vkq.requires_grad_(train_vkq)
-            mixer.chunk_size = TRAINING_CHUNK
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -190,8 +216,9 @@ class LayerStage(Stage):
     def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
         for weight, inputs in batches:
-            for paired in self.paired:
+            for paired, in_language in zip(self.paired, self.in_language, strict=True):
                 paired.weight = weight
+                paired.real = None if inputs.real is None else inputs.real[in_language]
             with torch.no_grad(), self.autocast():
                 hidden_states(self.model, inputs)
             losses = torch.stack([paired.loss for paired in self.paired])
@@ -200,16 +227,29 @@ class LayerStage(Stage):
 
 
 class LogitsStage(Stage):
-    """Stage 3: the student's answers against the teacher's, token by token."""
+    """Stage 3: the student's answers against the teacher's, token by token.
 
-    def __init__(self, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> None:
-        self.trains = mixer_kinds(vkq=True)
+    Args:
+        objective: what is minimised; by default the divergence on answers, their mean.
+        train_decay: whether decays and step sizes (`A_log`, `dt_bias`) train too.
+    """
+
+    def __init__(
+        self,
+        teacher: MMMamba,
+        student: MMMamba,
+        *,
+        compiled: bool,
+        objective: Objective = Objective(),  # noqa: B008 (immutable)
+        train_decay: bool = True,
+    ) -> None:
         self.teacher = teacher.requires_grad_(False)
         self.model = student.requires_grad_(False)
+        self.objective = objective
+        self.all_tokens = objective.all_tokens
+        self.trains = _trained_kinds(train_vkq=True, train_decay=train_decay)
         for _, layer in paired_layers(teacher, student):
-            layer.mixer.requires_grad_(True)
-            layer.mixer.out_proj.requires_grad_(False)
-            layer.mixer.chunk_size = TRAINING_CHUNK
+            _train_mixer(layer.mixer, train_decay)
         if compiled:
             compile_blocks(teacher)
             compile_blocks(student)
@@ -222,19 +262,53 @@ class LogitsStage(Stage):
         for weight, inputs in batches:
             with self.autocast():
                 with torch.no_grad():
-                    teacher = self.teacher.language.output(answer_hidden(self.teacher, inputs))
-                student = self.model.language.output(answer_hidden(self.model, inputs))
-                loss = weighted_mean(token_kl(student, teacher), inputs)
-            (weight * loss).backward()
-            out["image_kl" if inputs.is_image else "text_kl"] = loss.detach()
+                    teacher = answer_hidden(self.teacher, inputs)
+                loss = self._loss(answer_hidden(self.model, inputs), teacher, inputs)
+            (weight * loss.total).backward()
+            kind = "image" if inputs.is_image else "text"
+            out[f"{kind}_kl"] = loss.kl
+            if self.objective.ce_weight:
+                out[f"{kind}_ce"] = loss.ce
         return out
+
+    def _loss(self, student: Tensor, teacher: Tensor, inputs: Inputs) -> Loss:
+        objective = self.objective
+        of_mean = objective.reduction == "mean"
+        answers = None
+        if objective.ce_weight:
+            answers = mean_weights(inputs.answers) if of_mean else inputs.answers
+        return chunked_loss(
+            student,
+            self.model.language.output.weight,
+            teacher_hidden=teacher,
+            teacher_head=self.teacher.language.output.weight,
+            kl_weights=mean_weights(inputs.weights) if of_mean else inputs.weights,
+            targets=None if answers is None else inputs.targets,
+            ce_weights=answers,
+            temperature=objective.temperature,
+            ce_factor=objective.ce_weight,
+        )
+
+
+def _trained_kinds(*, train_vkq: bool, train_decay: bool) -> frozenset[str]:
+    kinds = NEW_IN_MIXERS | ({VKQ} if train_vkq else frozenset())
+    return kinds if train_decay else kinds - DECAY
+
+
+def _train_mixer(mixer: Any, train_decay: bool) -> None:
+    """Let a mixer train, the output projection that it shares with the teacher's attention apart."""
+    mixer.requires_grad_(True)
+    mixer.out_proj.requires_grad_(False)
+    mixer.A_log.requires_grad_(train_decay)
+    mixer.dt_bias.requires_grad_(train_decay)
+    mixer.chunk_size = TRAINING_CHUNK
 
 
 def paired_layers(teacher: MMMamba, student: MMMamba) -> Iterator[tuple[Any, Any]]:
-    """Layers that differ between the two: (teacher's block, student's block), embedding first."""
+    """Layers in which the student has a mixer of its own: (teacher's block, student's block), embedding first."""
     for name in ("embedding", "language"):
         for t, s in zip(getattr(teacher, name).layers, getattr(student, name).layers, strict=True):
-            if t.mixer is not s.mixer:
+            if t.mixer is not s.mixer and isinstance(s.mixer, Mamba2Mixer):
                 yield t, s
 
 

@@ -55,6 +55,11 @@ def places(entries: Sequence[str], *, photos: Path | None = None, text: Sequence
     return out
 
 
+def nlvr_folder(folders: Sequence[Path]) -> Path | None:
+    """The first of the folders that holds the statements kept for evaluation."""
+    return next((folder for folder in folders if (folder / "nlvr_hidden.jsonl.gz").is_file()), None)
+
+
 def accepted(function: Callable[..., Any], named: dict[str, Path]) -> dict[str, Any]:
     """Of the shared places those that `function` takes: a new one is added there alone."""
     return {name: path for name, path in named.items() if name in _names(function)}

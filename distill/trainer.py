@@ -248,8 +248,10 @@ def _how_to_go_on(name: str, step: int, store: Checkpoints | None) -> str:
 def _next(
     stage: Stage, config: StageConfig, image_batches: Iterator[Batch], text_batches: Iterator[Batch] | None
 ) -> WeightedInputs:
-    batches = [(1.0, prepare(next(image_batches), stage.model.config, config.image_answer_tokens))]
+    every = stage.all_tokens
+    image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, all_tokens=every)
+    batches = [(1.0, image)]
     if text_batches is not None and config.text_batch:
-        text = prepare(next(text_batches), stage.model.config, config.text_answer_tokens)
+        text = prepare(next(text_batches), stage.model.config, config.text_answer_tokens, all_tokens=every)
         batches.append((config.text_weight, text))
     return batches

@@ -48,8 +48,8 @@ def open_page(browser: Browser, url: str, theme: str, width: int, height: int) -
 
 
 def talk(page: Page) -> None:
-    """Two examples and a question on, to their ends."""
-    for i, ask in enumerate(("#example-scene", "#example-sunflower", "Is it a plant?")):
+    """An example and two more questions about it, to their ends."""
+    for i, ask in enumerate(("#example-scene", "How many blue squares are there?", "Which shape is left of the star?")):
         if ask.startswith("#"):
             page.click(ask)
         else:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.config import StackConfig
+from mmmamba.kernels import segment_attention
 from mmmamba.layers import RopeTables, rotate
+from mmmamba.segments import Segments
 from mmmamba.state import KVState
 
 
@@ -22,11 +24,25 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, config.hidden_size + 2 * config.kv_dim, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, state: KVState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: KVState | None,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; appends keys and values to `state`."""
-        return self.out_proj(self.mix(x, state, seqlen_offset, rope))
+        return self.out_proj(self.mix(x, state, seqlen_offset, rope, segments))
 
-    def mix(self, x: Tensor, state: KVState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        state: KVState | None,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
         assert rope is not None, "attention layers need rotary tables"
         batch, seqlen, _ = x.shape
@@ -46,6 +62,9 @@ class Attention(nn.Module):
             if state is not None:
                 k, v = state.append_(k, v, seqlen_offset)
 
+        if segments is not None:
+            y = segment_attention(q, k, v, segments)
+            return y.transpose(1, 2).reshape(batch, seqlen, -1)
         if seqlen == 1:
             # The query heads of a kv head as rows of one query: each key and value is read once.
             q = q.reshape(batch, self.num_kv_heads, rep, self.head_dim)

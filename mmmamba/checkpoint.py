@@ -67,7 +67,7 @@ def load_model(
     directory = resolve_checkpoint(path_or_hub_id, revision=revision)
     model = build_meta(read_config(directory))
     with ExitStack() as stack:
-        files = _TensorFiles(directory, stack)
+        files = TensorFiles(directory, stack)
         _check_tensors(directory, files, model)
         _fill(model, files, torch.device(device), dtype, progress)
     model.source = directory
@@ -194,7 +194,7 @@ class _Stored(NamedTuple):
         return unpack(qweight, scales, zeros, self.spec, dtype)
 
 
-class _TensorFiles:
+class TensorFiles:
     """The safetensors files of a checkpoint, opened but not read."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
@@ -281,7 +281,7 @@ def _part_order(stored_name: str) -> tuple[str, int]:
     return name, int(part or 0)
 
 
-def _check_tensors(directory: Path, files: _TensorFiles, model: MMMamba) -> None:
+def _check_tensors(directory: Path, files: TensorFiles, model: MMMamba) -> None:
     expected = {name: tuple(t.shape) for name, t in named_tensors(model)}
     found: dict[str, str] = {}
     extra = []
@@ -310,7 +310,7 @@ def _listing(directory: Path, problems: dict[str, list[str]]) -> str:
 
 
 def _fill(
-    model: MMMamba, files: _TensorFiles, device: torch.device, dtype: torch.dtype, progress: Progress | None
+    model: MMMamba, files: TensorFiles, device: torch.device, dtype: torch.dtype, progress: Progress | None
 ) -> None:
     names = [name for name in files.names() if name != UNUSED]
     for i, name in enumerate(names):

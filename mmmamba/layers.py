@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.config import StackConfig
+from mmmamba.segments import Segments
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +39,7 @@ class GatedMLP(nn.Module):
 
 
 class RopeTables(NamedTuple):
-    """Cosines and sines of one forward pass, (length, head_dim) each.
+    """Cosines and sines of one forward pass, (length, head_dim) each; (batch, 1, length, head_dim) for packed rows.
 
     `q_*` are those of the new positions. `k_*` are those of every cached position too where the cache holds keys
     before rotation (`keys_unrotated`); otherwise they equal `q_*`.
@@ -87,11 +88,30 @@ class Rotary:
         positions = torch.arange(first, seqlen_offset + seqlen, device=device, dtype=wide)
         if self.scaling is not None and self.scaling.type == "linear":
             positions = positions / self.scaling.factor
-        angles = torch.outer(positions, inv_freq)
-        angles = torch.cat([angles, angles], dim=-1)  # both halves of a head turn by the same angles
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = _turns(torch.outer(positions, inv_freq), dtype)
         new = slice(seqlen_offset - first, None)
         return RopeTables(cos[new], sin[new], cos, sin, self.keys_unrotated)
+
+    def segment_tables(self, segments: Segments, dtype: torch.dtype) -> RopeTables:
+        """Tables for packed rows: every segment counts its positions, and its length for dynamic scaling, alone."""
+        wide = torch.promote_types(dtype, torch.float32)
+        positions = segments.positions.to(wide)[:, None, :, None]
+        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=wide) / self.head_dim
+        inv_freq = self.theta**-exponent
+        if self.scaling is not None and self.scaling.type == "linear":
+            positions = positions / self.scaling.factor
+        if self.scaling is not None and self.scaling.type == "dynamic":
+            over = (segments.lengths.to(wide) / self.max_positions).clamp(min=1.0)[:, None, :, None]
+            stretch = self.scaling.factor * over - (self.scaling.factor - 1)
+            inv_freq = (self.theta * stretch ** (self.head_dim / (self.head_dim - 2))) ** -exponent
+        cos, sin = _turns(positions * inv_freq, dtype)
+        return RopeTables(cos, sin, cos, sin, False)
+
+
+def _turns(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for whole heads: both halves of one turn by the same angles."""
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmmamba.config import StackConfig
 from mmmamba.kernels import Impl, ssd_scan, ssm_step
 from mmmamba.layers import RopeTables
+from mmmamba.segments import Segments
 from mmmamba.state import D_CONV, MambaState
 
 GATE_NORM_EPS = 1e-5
@@ -35,8 +36,9 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim, 1, D_CONV))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, state: MambaState | None) -> Tensor:
-        """(batch, seqlen, dim) to the same, continued from `state.conv_state`, which moves on."""
+    def forward(self, x: Tensor, state: MambaState | None, segments: Segments | None = None) -> Tensor:
+        """(batch, seqlen, dim) to the same, continued from `state.conv_state`, which moves on, or begun anew in every
+        segment."""
         seqlen = x.shape[1]
         if state is None:
             padded = F.pad(x, (0, 0, D_CONV - 1, 0))
@@ -45,9 +47,12 @@ class CausalConv(nn.Module):
             state.conv_state.copy_(padded[:, seqlen:].mT)
         taps = self.weight[:, 0]  # (dim, D_CONV)
         # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
-        out = self.bias + padded[:, :seqlen] * taps[:, 0]
-        for i in range(1, D_CONV):
-            out = out + padded[:, i : i + seqlen] * taps[:, i]
+        out: Tensor = self.bias
+        for i in range(D_CONV):
+            tokens, back = padded[:, i : i + seqlen], D_CONV - 1 - i
+            if segments is not None and back:
+                tokens = torch.where((segments.positions >= back)[..., None], tokens, 0.0)
+            out = out + tokens * taps[:, i]
         return out
 
 
@@ -75,15 +80,29 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = max(64, config.head_dim)
         self.impl: Impl = "auto"
 
-    def forward(self, x: Tensor, state: MambaState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; advances `state` in place. Positions are not used."""
-        return self.out_proj(self.mix(x, state, seqlen_offset, rope))
+        return self.out_proj(self.mix(x, state, seqlen_offset, rope, segments))
 
-    def mix(self, x: Tensor, state: MambaState | None, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        state: MambaState | None,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
         batch, seqlen, _ = x.shape
         vkq, gate, dt = self.in_proj(x).split(self.splits, dim=-1)
-        vkq = F.silu(self.conv(vkq, state))
+        vkq = F.silu(self.conv(vkq, state, segments))
         v, k, q = vkq.split(self.conv_splits, dim=-1)
         v, k = (t.reshape(batch, seqlen, self.num_kv_heads, self.head_dim) for t in (v, k))
         q, gate = (t.reshape(batch, seqlen, self.num_heads, self.head_dim) for t in (q, gate))
@@ -95,7 +114,19 @@ class Mamba2Mixer(nn.Module):
             y = ssm_step(v[:, 0], dt[:, 0], A, k[:, 0], q[:, 0], state.ssm_state)[:, None]
         else:
             initial = None if state is None else state.ssm_state
-            y, final = ssd_scan(v, dt, A, k, q, initial, chunk_size=self.chunk_size, impl=self.impl)
+            ids = None if segments is None else segments.ids
+            y, final = ssd_scan(
+                v,
+                dt,
+                A,
+                k,
+                q,
+                initial,
+                segment_ids=ids,
+                chunk_size=self.chunk_size,
+                need_state=state is not None,
+                impl=self.impl,
+            )
             if state is not None:
                 state.ssm_state.copy_(final)
         return self.norm(y, gate).reshape(batch, seqlen, -1)

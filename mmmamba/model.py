@@ -18,6 +18,7 @@ from mmmamba.attention import Attention
 from mmmamba.config import EmbeddingConfig, LanguageConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.layers import GatedMLP, RMSNorm, RopeTables, Rotary, pixel_shuffle
 from mmmamba.mixer import Mamba2Mixer
+from mmmamba.segments import Segments
 from mmmamba.state import DecodeState, StackState
 
 _MIXERS: dict[str, type[Attention] | type[Mamba2Mixer]] = {"mha": Attention, "mamba2": Mamba2Mixer}
@@ -33,8 +34,15 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, state: object, seqlen_offset: int, rope: RopeTables | None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), state, seqlen_offset, rope)
+    def forward(
+        self,
+        x: Tensor,
+        state: object,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -55,13 +63,28 @@ class DecoderStack(nn.Module):
         total = max(total_seqlen or 0, seqlen_offset + seqlen)
         return self.rotary.tables(seqlen_offset, seqlen, total_seqlen=total, device=x.device, dtype=x.dtype)
 
-    def run(self, x: Tensor, state: StackState | None, total_seqlen: int | None = None) -> Tensor:
-        """(batch, seqlen, hidden_size) to the same. `total_seqlen` is the length that dynamic NTK scaling should assume
-        when this call is a piece of a longer prompt (None: what has been seen so far)."""
+    def run(
+        self,
+        x: Tensor,
+        state: StackState | None,
+        total_seqlen: int | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """(batch, seqlen, hidden_size) to the same.
+
+        Args:
+            total_seqlen: the length that dynamic NTK scaling should assume when this call is a piece of a longer prompt
+                (None: what has been seen so far).
+            segments: of packed rows; only without a state.
+        """
+        assert state is None or segments is None, "packed rows leave no state to go on from"
         offset = 0 if state is None else state.seqlen
-        rope = self.rope_tables(x, offset, total_seqlen)
+        if segments is not None and self.needs_rope:
+            rope: RopeTables | None = self.rotary.segment_tables(segments, x.dtype)
+        else:
+            rope = self.rope_tables(x, offset, total_seqlen)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if state is None else state.layers[i], offset, rope)
+            x = layer(x, None if state is None else state.layers[i], offset, rope, segments)
         if state is not None:
             state.seqlen += x.shape[1]
         return x
@@ -247,9 +270,11 @@ class HolisticEmbedding(DecoderStack):
         pixel_values: Tensor | None,
         state: DecodeState | None = None,
         total_seqlen: int | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """As `forward` for whole tiles whose layout is known, everything on this model's device: looks at no values, so
-        that training can capture it. `shape` is (batch, seqlen) of the language model."""
+        that training can capture it. `shape` is (batch, seqlen) of the language model; `segments` are those of packed
+        rows as this stack counts their tokens."""
         batch, seqlen = shape
         dim = self.config.hidden_size
         post = self.config.pixel_shuffle_loc == "post"
@@ -265,7 +290,7 @@ class HolisticEmbedding(DecoderStack):
             flat = flat.index_copy(0, layout.stack_image, patches.reshape(-1, dim).to(flat.dtype))
             x = flat.view(batch, -1, dim)
 
-        x = self.run(x, None if state is None else state.embedding, total_seqlen)
+        x = self.run(x, None if state is None else state.embedding, total_seqlen, segments)
 
         if post and pixel_values is not None:
             flat = x.reshape(-1, dim)
@@ -295,9 +320,15 @@ class LanguageModel(DecoderStack):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, state: DecodeState | None = None, total_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: DecodeState | None = None,
+        total_seqlen: int | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """Inputs of the language model to normed hidden states, both (batch, seqlen, hidden_size)."""
-        return self.norm(self.run(x, None if state is None else state.language, total_seqlen))
+        return self.norm(self.run(x, None if state is None else state.language, total_seqlen, segments))
 
 
 class MMMamba(nn.Module):

@@ -67,11 +67,13 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer. `image_tiles`: the tiles of every new image, thumbnail included, in order."""
+    """One question and its answer. `image_tiles`: the tiles of every new image, thumbnail included, in order.
+    `image_places`: where they stand, see `encode_user_turn`."""
 
     text: str
     reply: str | None = None
     image_tiles: tuple[int, ...] = ()
+    image_places: tuple[int, ...] | None = None
 
 
 def get_template(name: str) -> Template:
@@ -99,6 +101,7 @@ def encode_user_turn(
     first: bool,
     system: str | None = None,
     images_before: int = 0,
+    image_places: Sequence[int] | None = None,
 ) -> list[int]:
     """Ids that ask a question, up to where the model's reply begins.
 
@@ -110,8 +113,10 @@ def encode_user_turn(
             reply does (`<|im_end|>`), for a state that has seen that reply and no more.
         system: system message of a first turn; None takes the template's, "" leaves the block out.
         images_before: images of earlier turns, so that numbers go on.
-    Raises: PromptError for a tile count below 1 or a tokenizer that does not fit `config`; TokenizerError if the
-        tokenizer lacks a control token.
+        image_places: for each image the character of the text before which it stands, in order, as InternVL's training
+            data places its "<image>"; such images get neither number nor line break. None: before the text, as above.
+    Raises: PromptError for a tile count below 1, places that do not fit, or a tokenizer that does not fit `config`;
+        TokenizerError if the tokenizer lacks a control token.
     """
     template = get_template(config.template)
     if system is not None and not first:
@@ -126,7 +131,11 @@ def encode_user_turn(
             parts += [start, f"system\n{system}", end, template.separator]
     else:
         parts += [end, template.separator]
-    parts += [start, "user\n", *_image_parts(tokenizer, config, image_tiles, images_before), text, end]
+    if image_places is None:
+        asked = [*_image_parts(tokenizer, config, image_tiles, images_before), text]
+    else:
+        asked = _placed_parts(tokenizer, config, text, image_tiles, image_places)
+    parts += [start, "user\n", *asked, end]
     parts += [template.separator, start, _OPENER]
     return _encode(tokenizer, parts)
 
@@ -166,6 +175,7 @@ def conversation_ids(
             first=first,
             system=system if first else None,
             images_before=images,
+            image_places=turn.image_places,
         )
         ids += asked
         mask += [not first, *[False] * (len(asked) - 1)]  # the id that closes the previous reply comes first
@@ -188,21 +198,38 @@ def _image_parts(
     tokenizer: Tokenizer, config: ModelConfig, image_tiles: Sequence[int], images_before: int
 ) -> list[str | int]:
     parts: list[str | int] = []
-    if not image_tiles:
-        return parts
+    numbered = images_before + len(image_tiles) > 1
+    for number, num_tiles in enumerate(image_tiles, start=images_before + 1):
+        label = f"Image-{number}: " if numbered else ""
+        parts += [label, *_image_ids(tokenizer, config, num_tiles, number), "\n"]
+    return parts
+
+
+def _placed_parts(
+    tokenizer: Tokenizer, config: ModelConfig, text: str, image_tiles: Sequence[int], image_places: Sequence[int]
+) -> list[str | int]:
+    bounds = [0, *image_places, len(text)]
+    if len(image_places) != len(image_tiles) or bounds != sorted(bounds):
+        raise PromptError(
+            f"image_places={list(image_places)} for {len(image_tiles)} images in {len(text)} characters; give one "
+            "place an image, in order"
+        )
+    parts: list[str | int] = [text[: bounds[1]]]
+    for number, num_tiles in enumerate(image_tiles, start=1):
+        parts += [*_image_ids(tokenizer, config, num_tiles, number), text[bounds[number] : bounds[number + 1]]]
+    return parts
+
+
+def _image_ids(tokenizer: Tokenizer, config: ModelConfig, num_tiles: int, number: int) -> list[int]:
     start, end, context = (tokenizer.token_id(name) for name in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT))
     if context != config.embedding.img_context_token_id:
         raise PromptError(
             f"{IMAGE_CONTEXT} is id {context} in the tokenizer and {config.embedding.img_context_token_id} in the "
             "model's config (img_context_token_id); take the tokenizer files of the same checkpoint"
         )
-    numbered = images_before + len(image_tiles) > 1
-    for number, num_tiles in enumerate(image_tiles, start=images_before + 1):
-        if num_tiles < 1:
-            raise PromptError(f"image {number} has {num_tiles} tiles; an image has at least 1")
-        label = f"Image-{number}: " if numbered else ""
-        parts += [label, start, *[context] * (num_tiles * config.tokens_per_tile), end, "\n"]
-    return parts
+    if num_tiles < 1:
+        raise PromptError(f"image {number} has {num_tiles} tiles; an image has at least 1")
+    return [start, *[context] * (num_tiles * config.tokens_per_tile), end]
 
 
 def _encode(tokenizer: Tokenizer, parts: Iterable[str | int]) -> list[int]:

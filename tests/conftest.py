@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
+from tests.reading import write_fonts, write_nlvr
+
+# Kernels run in Triton's interpreter where there is no GPU; it must be told before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -71,6 +77,18 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     return path
+
+
+@pytest.fixture(scope="session")
+def font_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of fonts as `distill.data.fonts_pack` makes it."""
+    return write_fonts(tmp_path_factory.mktemp("fonts") / "fonts.tar.gz")
+
+
+@pytest.fixture(scope="session")
+def nlvr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three files of NLVR, ten statements each."""
+    return write_nlvr(tmp_path_factory.mktemp("nlvr"))
 
 
 @pytest.fixture(scope="session")

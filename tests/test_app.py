@@ -27,7 +27,7 @@ from app.ui import EXAMPLES, EXAMPLES_DIR, build, launch_options
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
-ORANGES = EXAMPLES_DIR / "oranges.jpg"
+PYRAMID = EXAMPLES_DIR / "pyramid.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def ask(client: Client, text: str, *files: Path, **options: Any) -> list[dict[st
 
 
 def test_chat_streams_json(client: Client) -> None:
-    updates = ask(client, "what is this", ORANGES)
+    updates = ask(client, "what is this", PYRAMID)
     assert len(updates) > 1
     assert all(update["finish_reason"] is None for update in updates[:-1])
     final = updates[-1]
@@ -79,7 +79,7 @@ def test_chat_streams_json(client: Client) -> None:
 
 
 def test_session_id_goes_on_with_the_conversation(client: Client) -> None:
-    first = ask(client, "one", ORANGES)[-1]
+    first = ask(client, "one", PYRAMID)[-1]
     second = ask(client, "two", session_id=first["session_id"])[-1]
     assert second["text"] == "turn 2 images 0: two"
     assert second["session_id"] == first["session_id"]
@@ -92,7 +92,7 @@ def test_options_reach_the_model(client: Client) -> None:
     assert ask(client, "x", temperature=1.5)[-1]["text"].endswith("(hot)")
     reply = ask(client, "[long]", max_new_tokens=5)[-1]
     assert (reply["text"], reply["finish_reason"]) == ("word0 word1 word2 word3 word4", "length")
-    assert ask(client, "x", ORANGES, max_tiles=3)[-1]["metrics"]["num_tiles"] == 3
+    assert ask(client, "x", PYRAMID, max_tiles=3)[-1]["metrics"]["num_tiles"] == 3
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_options_reach_the_model(client: Client) -> None:
 )
 def test_limits_hold_for_scripts(client: Client, text: str, num_files: int, options: dict[str, Any], says: str) -> None:
     with pytest.raises(AppError, match=says):
-        ask(client, text, *[ORANGES] * num_files, **options)
+        ask(client, text, *[PYRAMID] * num_files, **options)
 
 
 def test_bad_image_is_told_by_name_only(client: Client, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_command_serves_a_real_model(tiny_dir: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             client = connect(f"http://127.0.0.1:{port}", process)
-            final = ask(client, "What is it?", ORANGES, max_new_tokens=4, max_tiles=1, greedy=True)[-1]
+            final = ask(client, "What is it?", PYRAMID, max_new_tokens=4, max_tiles=1, greedy=True)[-1]
             assert final["metrics"]["image_tokens"] == 4, "the tiny model has 4 tokens a tile"
             assert final["finish_reason"] in ("stop", "length")
             again = ask(client, "And now?", session_id=final["session_id"], max_new_tokens=4, greedy=True)[-1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import decode, machine, report
+from benchmarks import decode, kernels, machine, report
 from mmmamba import cost, load_model
 
 CPU = torch.device("cpu")
@@ -183,3 +183,16 @@ def test_peak_memory_sees_a_tensor_come_and_forgets_it_when_reset() -> None:
     del big
     machine.reset_peak_memory(CPU)
     assert machine.peak_memory_bytes(CPU) < grown - 2**25
+
+
+def test_scans_are_timed_beside_their_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["--shapes", "tiny", "--impls", "chunked,mamba_ssm", "--steps", "2", "--device", "cpu"])
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    ran, skipped = json.loads(last)["records"]
+    assert ran["forward_backward_ms"] > 0
+    assert all(error < 1e-5 for error in ran["relative_rms_error"].values())
+    assert "needs cuda" in skipped["skipped"]
+    # 36 pairs of tokens; two products forward, six back.
+    shape = kernels.Shape(1, 8, 1, 1, 16, 8)
+    assert shape.flops() == (36 * 2 * 16 * 2, 36 * 2 * 16 * 6)
+    assert shape.bytes(2) == (4 * 8 * 16 * 2 + 32, 7 * 8 * 16 * 2 + 64)

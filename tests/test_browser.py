@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
-ORANGES = EXAMPLES_DIR / "oranges.jpg"
+PYRAMID = EXAMPLES_DIR / "pyramid.jpg"
 BOX = "#box textarea"
 SEND = "#box button.submit-button"
 STOP = "#box button.stop-button"
@@ -91,7 +91,7 @@ def test_page_opens_in_five_seconds_and_shows_loading(browser: Browser, url: str
 
 
 def test_upload_ask_answer(page: Page) -> None:
-    upload(page, ORANGES)
+    upload(page, PYRAMID)
     ask(page, "what is this")
     page.wait_for_selector(STOP)
     bot(page, "turn 1 images 1: what is this")
@@ -134,7 +134,7 @@ def test_stop_is_quick_and_the_chat_goes_on(page: Page) -> None:
 
 def test_stop_before_the_first_word_gives_the_message_back(page: Page) -> None:
     page.wait_for_selector("#model .chip-ready")
-    upload(page, ORANGES)
+    upload(page, PYRAMID)
     ask(page, "[slow-read] what is this")
     bot(page, "Reading")
     page.click(STOP)
@@ -151,7 +151,7 @@ def test_bad_image_shows_a_message_and_opens_the_box(page: Page, tmp_path: Path)
     unlocked(page)
     letter = tmp_path / "letter.jpg"
     letter.write_text("Dear Sir or Madam")
-    upload(page, ORANGES, letter)
+    upload(page, PYRAMID, letter)
     ask(page, "what is this")
     alert = page.wait_for_selector("#notice [role=alert]")
     assert alert is not None
@@ -208,7 +208,7 @@ def test_new_chat_clears_page_and_memory_even_while_answering(page: Page) -> Non
 
 
 def test_examples_ask_at_a_click_but_not_into_an_answer(page: Page) -> None:
-    page.click("#example-oranges")
+    page.click("#example-pyramid")
     bot(page, "turn 1 images 1: What is in the picture?")
     unlocked(page)
     ask(page, "[long]")
@@ -221,7 +221,7 @@ def test_examples_ask_at_a_click_but_not_into_an_answer(page: Page) -> None:
 
 
 def test_picture_alone_gets_a_question(page: Page) -> None:
-    upload(page, ORANGES)
+    upload(page, PYRAMID)
     page.click(SEND)
     bot(page, "turn 1 images 1: What is in the picture?")
 

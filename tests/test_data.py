@@ -25,8 +25,9 @@ from distill.data.scene import COLORS, HELD_OUT_PERCENT, KINDS, MAX_SHAPES, draw
 from distill.data.shapes import NUMBERS, QUESTIONS, Shapes, question_for
 from distill.data.text import Conversations
 from distill.nano import nano_config
-from distill.tasks import TASKS, is_right
+from distill.reading import READING_TASKS
 from distill.tasks import held_out as held_out_questions
+from distill.tasks import is_right
 from mmmamba.image import tile_image
 from mmmamba.tokenizer import load_tokenizer
 
@@ -576,10 +577,10 @@ def test_mixtures_that_make_no_sense(tokenizer, shards):
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_held_out_questions_repeat_and_accept_their_own_answer(task, shards):
-    asked = held_out_questions(task, 2, seed=1, photos=shards)
-    again = held_out_questions(task, 2, seed=1, photos=shards)
+@pytest.mark.parametrize("task", [*QUESTIONS, "photos_label", *READING_TASKS])
+def test_held_out_questions_repeat_and_accept_their_own_answer(task, shards, font_pack, nlvr_folder):
+    asked = held_out_questions(task, 2, seed=1, photos=shards, fonts=font_pack, nlvr=nlvr_folder)
+    again = held_out_questions(task, 2, seed=1, photos=shards, fonts=font_pack, nlvr=nlvr_folder)
     assert len(asked) == 2
     for a, b in zip(asked, again, strict=True):
         assert (a.question, a.answer) == (b.question, b.answer)

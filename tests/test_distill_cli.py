@@ -126,9 +126,12 @@ def save_tiny_teacher(path: Path, config: ModelConfig | None = None) -> Path:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_teacher_student_bundle_and_eval(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny_recipe(tmp_path, stage={"round_from": 0.5})
-    options = common(tmp_path, recipe)
+def test_teacher_student_bundle_and_eval(
+    tmp_path: Path, base: Path, font_pack: Path, nlvr_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = dict.fromkeys(("shapes", "printed", "charts", "digits", "nlvr"), 1)
+    recipe = tiny_recipe(tmp_path, stage={"round_from": 0.5}, image_seqlen=160, image_sources=sources)
+    options = [*common(tmp_path, recipe), "--data", f"fonts={font_pack}", "--data", f"text={nlvr_folder}"]
 
     main(["teacher", "--base", str(base), "--out", str(tmp_path / "teacher"), *options])
     teacher = load_model(tmp_path / "teacher")
@@ -176,8 +179,15 @@ def test_teacher_student_bundle_and_eval(tmp_path: Path, base: Path, capsys: pyt
             assert torch.allclose(bundled.get_parameter(ours), tensor, atol=1e-3), ours
 
     capsys.readouterr()
-    main(["eval", str(tmp_path / "nano" / "linear"), "--tokenizer", str(BUNDLED_DIR), "--count", "2"])
-    assert "shapes_count" in json.loads(capsys.readouterr().out)
+    evaluate = ["eval", str(tmp_path / "nano" / "linear"), "--tokenizer", str(BUNDLED_DIR), "--count", "2"]
+    main(evaluate)
+    scores = json.loads(capsys.readouterr().out)
+    assert {"shapes_count", "charts_bar_pie"} <= scores.keys()
+    assert "printed_text" not in scores, "it needs fonts"
+    main([*evaluate, "--data", f"fonts={font_pack}", "--data", f"text={nlvr_folder}"])
+    scores = json.loads(capsys.readouterr().out)
+    assert {"printed_text", "nlvr", "digits"} <= scores.keys()
+    assert scores["printed_text_cer"] > 0
 
 
 @pytest.mark.usefixtures("tiny")

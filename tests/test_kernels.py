@@ -178,6 +178,65 @@ def test_a_step_is_a_scan_of_one() -> None:
         assert_near("state, changed in place", state, want_final, TOLERANCE[torch.float64])
 
 
+# --- segments ---
+
+
+def random_ids(batch: int, seqlen: int, *, seed: int = 0) -> Tensor:
+    """Segment ids with borders drawn anywhere, other ones in each row; segments of one token among them."""
+    generator = torch.Generator().manual_seed(seed + seqlen)
+    return (torch.rand(batch, seqlen, generator=generator) < 0.1).int().cumsum(dim=1)
+
+
+def apart(inputs: Inputs, ids: Tensor, scan: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Every segment by a call of its own, the first from the carried state."""
+    ys, finals = [], []
+    for row in range(len(ids)):
+        state, found = inputs.state[row : row + 1], []
+        for number, segment in enumerate(ids[row].unique_consecutive()):
+            x, dt, B, C = (t[row, ids[row] == segment][None] for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
+            y, final = scan(x, dt, inputs.A, B, C, state if number == 0 else None, **options)
+            found.append(y)
+        ys.append(torch.cat(found, dim=1))
+        finals.append(final)
+    return torch.cat(ys), torch.cat(finals)
+
+
+@pytest.mark.parametrize("scan", [ssd_scan_ref, ssd_scan_chunked])
+@pytest.mark.parametrize("chunk_size", [1, 4, 16, 512])
+def test_segments_together_equal_each_alone(scan: Any, chunk_size: int) -> None:
+    for seqlen in (1, 15, 16, 17, 70):
+        inputs, ids = random_inputs(seqlen), random_ids(2, seqlen)
+        want_y, want_final = apart(inputs, ids, ssd_scan_ref)
+        y, final = scan(*inputs, segment_ids=ids, chunk_size=chunk_size)
+        assert_near("y", y, want_y, TOLERANCE[torch.float64])
+        assert_near("state", final, want_final, TOLERANCE[torch.float64])
+
+
+def test_gradients_stop_at_borders() -> None:
+    ids = random_ids(2, 70)
+    weights = torch.randn(2, 70, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found: list[Inputs] = []
+    for together in (True, False):
+        leaves = Inputs(*(t.requires_grad_() for t in random_inputs(70)))
+        if together:
+            y, final = ssd_scan_chunked(*leaves, segment_ids=ids, chunk_size=16)
+        else:
+            y, final = apart(leaves, ids, ssd_scan_chunked)
+        ((y * weights).sum() + final.square().sum()).backward()
+        found.append(Inputs(*(t.grad for t in leaves)))  # type: ignore[arg-type]
+    for name, got, want in zip(Inputs._fields, *found, strict=True):
+        assert_near(f"gradient of {name}", got, want, TOLERANCE[torch.float64])
+
+
+def test_strong_decays_make_no_nan_at_borders() -> None:
+    inputs = random_inputs(130).to(torch.float32)
+    strong = inputs._replace(A=torch.full_like(inputs.A, -1e4), dt=torch.full_like(inputs.dt, 5.0))
+    leaves = [t.requires_grad_() for t in strong]
+    y, final = ssd_scan_chunked(*leaves, segment_ids=random_ids(2, 130), chunk_size=64)
+    (y.sum() + final.sum()).backward()
+    assert all(bool(torch.isfinite(t.grad).all()) for t in leaves if t.grad is not None)
+
+
 # --- gradients ---
 
 
@@ -262,12 +321,23 @@ def test_the_choice_and_its_reason(caplog: pytest.LogCaptureFixture, monkeypatch
     scan, reason = load_upstream_scan()
     assert scan is None
     assert reason in caplog.messages[1]
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "mmmamba.kernels.ssd_op", None)  # as if there were no Triton
+    with caplog.at_level(logging.INFO, logger="mmmamba.kernels"):
+        assert select_scan("cuda", training=True) is ssd_scan_chunked
+        assert select_scan("cpu", training=True) is ssd_scan_chunked
+    assert caplog.messages[0].startswith("chunk scan for training: torch chunked (Triton does not import: ")
+    assert reason in caplog.messages[0], "both reasons are said"
+    with pytest.raises(ValueError, match=r'impl "triton" cannot run: device is cpu, our Triton scan needs cuda'):
+        ssd_scan(*random_inputs(2), impl="triton")
 
     with pytest.raises(ValueError, match=r'impl "mamba_ssm" cannot run: device is cpu.*use "auto" or "chunked"'):
         ssd_scan(*random_inputs(2), impl="mamba_ssm")
     with pytest.raises(ValueError, match="cannot run: mamba-ssm does not import: ModuleNotFoundError"):
         select_scan("cuda", "mamba_ssm")
-    with pytest.raises(ValueError, match='impl "fast" is not known; use "auto", "reference", "chunked" or "mamba_ssm"'):
+    with pytest.raises(
+        ValueError, match='impl "fast" is not known; use "auto", "reference", "chunked", "triton" or "mamba_ssm"'
+    ):
         ssd_scan(*random_inputs(2), impl="fast")  # type: ignore[arg-type]
 
 
@@ -300,11 +370,13 @@ def test_our_inputs_reach_upstream_in_its_terms(monkeypatch: pytest.MonkeyPatch)
         initial_states: Tensor | None = None,
         dt_softplus: bool = False,
         return_final_states: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         calls.append({"dt": dt.dtype, "A": A.dtype, "heads": (x.shape[2], B.shape[2], C.shape[2]), "chunk": chunk_size})
         assert C.is_contiguous()
         assert return_final_states
-        y, state = ssd_scan_ref(x, dt, A, B, C, initial_states)
+        y, state = ssd_scan_ref(x, dt, A, B, C, initial_states, segment_ids=seq_idx)
+        assert seq_idx is None or (seq_idx.dtype == torch.int32 and not seq_idx[:, 0].any())
         return y.float(), state  # wider than asked for, as some versions return it
 
     module = ModuleType("mamba_ssm.ops.triton.ssd_combined")
@@ -319,6 +391,11 @@ def test_our_inputs_reach_upstream_in_its_terms(monkeypatch: pytest.MonkeyPatch)
         assert y.dtype == torch.bfloat16
         assert_near("y", y, want_y, TOLERANCE[torch.bfloat16])
         assert_near("state", final, want_final, TOLERANCE[torch.float32])
+    ids = random_ids(2, 40) + 3
+    y, final = scan(*inputs, segment_ids=ids)
+    want_y, want_final = ssd_scan_ref(*inputs, segment_ids=ids)
+    assert_near("y of segments", y, want_y, TOLERANCE[torch.bfloat16])
+    assert_near("state of segments", final, want_final, TOLERANCE[torch.float32])
 
 
 def fake_upstream(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distill.chunked_loss import chunked_loss
 from mmmamba.checkpoint import load_model
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
-from mmmamba.kernels import Impl, select_scan, ssd_scan, ssd_scan_ref, ssm_step
+from mmmamba.kernels import Impl, segment_attention, select_scan, ssd_scan, ssd_scan_ref, ssm_step
 from mmmamba.kernels.upstream import load_upstream_scan
 from mmmamba.mixer import Mamba2Mixer
+from mmmamba.segments import Segments
 from tests.conformance import LIMIT
 from tests.helpers import (
     FIXTURES,
@@ -25,7 +28,7 @@ from tests.helpers import (
     golden_expected,
     golden_model,
 )
-from tests.test_kernels import HEADS, LENGTHS, Inputs, random_inputs
+from tests.test_kernels import HEADS, LENGTHS, Inputs, random_ids, random_inputs
 
 pytestmark = pytest.mark.cuda
 
@@ -33,8 +36,10 @@ pytestmark = pytest.mark.cuda
 UPSTREAM_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: TOLERANCE[torch.bfloat16]}
 
 
-@pytest.fixture(params=["chunked", "mamba_ssm"])
+@pytest.fixture(params=["chunked", "triton", "mamba_ssm"])
 def impl(request: pytest.FixtureRequest) -> Any:
+    if request.param == "triton":
+        pytest.importorskip("triton")
     if request.param == "mamba_ssm":
         scan, reason = load_upstream_scan()
         if scan is None:
@@ -86,7 +91,7 @@ def test_gradients_equal_the_cpus(impl: Any) -> None:
 
     wanted = gradients(Inputs(*(t.double() for t in inputs)), "chunked")
     got = gradients(on_gpu(inputs), impl)
-    tolerance = 1e-2 if impl == "mamba_ssm" else TOLERANCE[torch.float32]
+    tolerance = {"mamba_ssm": 1e-2, "triton": 1e-4}.get(impl, TOLERANCE[torch.float32])
     for name, grad, want in zip(Inputs._fields, got, wanted, strict=False):
         assert_near(f"gradient of {name}", grad, want, tolerance)
 
@@ -107,6 +112,115 @@ def test_auto_takes_mamba_ssm_where_it_imports() -> None:
     if scan is None:
         pytest.skip(reason)
     assert select_scan("cuda").__name__ == "ssd_scan_upstream"
+
+
+def test_auto_trains_with_our_kernels() -> None:
+    pytest.importorskip("triton")
+    assert select_scan("cuda", training=True).__name__ == "ssd_scan_triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("seqlen", "chunk_size"), [(1, 64), (63, 512), (370, 512), (1000, 256)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_our_kernels_equal_the_reference(
+    dtype: torch.dtype, dim: int, seqlen: int, chunk_size: int, packed: bool
+) -> None:
+    """Outputs, state and every gradient, at the shapes of nano and of 2.6B."""
+    pytest.importorskip("triton")
+    inputs = random_inputs(seqlen, 6, 2, head_dim=dim, d_state=dim).to(dtype)
+    ids = random_ids(2, seqlen) if packed else None
+    weights = torch.randn(2, seqlen, 6, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for double in (True, False):
+        leaves = [(t.double() if double else t).cuda().requires_grad_() for t in inputs]
+        seg = None if ids is None else ids.cuda()
+        if not double:
+            poison()
+        impl = "chunked" if double else "triton"
+        y, final = ssd_scan(*leaves, segment_ids=seg, chunk_size=chunk_size, impl=impl)
+        ((y * weights.cuda().to(y.dtype)).sum() + 0.01 * final.square().sum()).backward()
+        results.append([y, final, *(leaf.grad for leaf in leaves)])
+    names = ("y", "state", *(f"gradient of {name}" for name in Inputs._fields))
+    for name, want, got in zip(names, *results, strict=True):
+        assert want is not None
+        assert got is not None
+        # A decay's gradient is a sum over all pairs of tokens, in which much cancels.
+        tolerance = TOLERANCE[dtype] * (10 if name == "gradient of A" else 2)
+        assert_near(name, got.cpu(), want.cpu(), tolerance)
+
+
+def test_a_compiled_block_trains_without_a_break() -> None:
+    pytest.importorskip("triton")
+    select_scan("cuda", training=True)
+    model = golden_model("post", "linear").cuda()
+    block = copy.deepcopy(model.language.layers[0]).requires_grad_(True)
+    x = torch.randn(2, 70, model.config.language.hidden_size, device="cuda")
+    results = []
+    for run in (block, torch.compile(block, fullgraph=True, dynamic=False)):
+        block.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = run(x, None, 0, None)
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in block.parameters() if p.grad is not None)])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_near("compiled", got, want, 2e-2)
+
+
+def test_packed_attention_equals_the_mask() -> None:
+    """Flash attention of any length, as the rows of a step meet it: bf16, borders and empty slots."""
+    segments = Segments.of(random_ids(2, 300), 100)
+    on_device = Segments(*(t.cuda() for t in segments))
+    results = []
+    for impl in ("masked", "varlen"):
+        g = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(2, heads, 300, 64, generator=g).cuda().bfloat16().requires_grad_() for heads in (6, 2, 2)]
+        y = segment_attention(*leaves, on_device, impl=impl)  # type: ignore[arg-type]
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert got is not None
+        assert want is not None
+        assert_near("flash attention", got, want, 2e-2)
+
+
+def test_the_chunked_loss_is_captured() -> None:
+    """No look at a value and no shape that depends on one, or the capture would fail."""
+    g = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.randn(40, 16, generator=g).cuda() for _ in range(2))
+    head = torch.randn(300, 16, generator=g).cuda()
+    hidden.requires_grad_()
+    hidden.grad = torch.zeros_like(hidden)
+    weights, targets = torch.ones(40, device="cuda"), torch.arange(40, device="cuda")
+
+    def step() -> Tensor:
+        hidden.grad.zero_()
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = chunked_loss(
+                hidden,
+                head,
+                teacher_hidden=teacher,
+                teacher_head=head,
+                kl_weights=weights,
+                targets=targets,
+                ce_weights=weights,
+                chunk_tokens=16,
+            )
+        loss.total.backward()
+        return loss.total.detach()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        want = step()
+        gradient = hidden.grad.clone()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = step()
+    hidden.grad.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(total, want)
+    assert torch.equal(hidden.grad, gradient)
 
 
 @pytest.mark.parametrize(("folder", "kind"), FIXTURES)

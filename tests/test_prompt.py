@@ -167,6 +167,20 @@ def test_reply_is_encoded_as_it_follows_the_opener(setup: Setup) -> None:
     assert setup.tokenizer.decode(reply) == "the fox"
 
 
+def test_images_may_stand_within_the_text(nano: Setup) -> None:
+    """As InternVL's training data places them: no number and no line break but those written."""
+    ids = encode_user_turn(nano.tokenizer, nano.config, "A:  B: !", (1, 1), first=True, image_places=(3, 7))
+    image = "<img>" + 4 * "<IMG_CONTEXT>" + "</img>"
+    assert f"user\nA: {image} B: {image}!<|im_end|>" in nano.write(ids)
+    placed = encode_user_turn(nano.tokenizer, nano.config, "\nHi", (1,), first=True, image_places=(0,))
+    assert placed == encode_user_turn(nano.tokenizer, nano.config, "Hi", (1,), first=True)
+    turns = [Turn("Hi", "Ho"), Turn("and?", "so", (1,), (4,))]
+    assert f"and?{image}<|im_end|>" in nano.write(conversation_ids(nano.tokenizer, nano.config, turns)[0])
+    for places in ((1,), (2, 1), (0, 9)):
+        with pytest.raises(PromptError, match="for 2 images in 8 characters; give one place an image"):
+            encode_user_turn(nano.tokenizer, nano.config, "A:  B: !", (1, 1), first=True, image_places=places)
+
+
 def test_stop_tokens(nano: Setup, internlm2: Setup) -> None:
     assert stop_token_ids(nano.tokenizer, nano.config) == (2, 1, 0)
     ids = {name: internlm2.tokenizer.token_id(name) for name in ("<|im_end|>", "<|im_start|>", "</s>")}

@@ -7,58 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.config import StageConfig
-from distill.convert import SplitProjection, fuse_
+from distill.convert import fuse_
 from distill.data.batches import Batch, pixel_values
+from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
 from distill.evaluate import exact_matches
-from distill.losses import MSE_SCALE, layer_mse, token_kl
+from distill.inputs import prepare
+from distill.losses import MSE_SCALE, Objective, layer_mse, token_kl
+from distill.recompute import recompute_blocks_
 from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage, no_weight_decay, paired_layers
 from distill.trainer import train
+from distill.upstream import load_upstream_student
 from mmmamba.checkpoint import load_model, save_model
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
-from mmmamba.keymap import from_published
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import MMMamba
-from tests.helpers import FOLDERS, GOLDEN, golden_cases, golden_expected, golden_model
-from tests.training import batch, batches, copies, run_step, student_of, student_stage, teacher_of
+from tests.helpers import FOLDERS, GOLDEN, assert_near, golden_cases, golden_expected, golden_model
+from tests.training import batch, batches, copies, piece, run_step, student_of, student_stage, teacher_of
 
 LAYER_CASES = ("image", "text", "two_images")
-
-
-def load_unfused(student: MMMamba, path: Path) -> dict[str, Tensor]:
-    """Put a stage's stored student (q, k, v, g, in_proj apart) into ours; returns what else the file holds."""
-    stored = load_file(path)
-    rest = {}
-    attention = {name for name in stored if ".attention." in name and not name.endswith("_shadow.weight")}
-    for name in stored.keys() - attention:
-        if not name.endswith("_shadow.weight"):
-            rest[name] = stored[name]
-    for prefix in sorted({name.partition(".attention.")[0] for name in attention}):
-        layer = {
-            n.removeprefix(prefix + ".attention."): t for n, t in stored.items() if n.startswith(prefix + ".attention.")
-        }
-        ours = from_published(prefix + ".attention_norm.weight")
-        assert ours is not None
-        mixer = student.get_submodule(ours.removesuffix("_norm.weight"))
-        assert isinstance(mixer, Mamba2Mixer)
-        assert isinstance(mixer.in_proj, SplitProjection)
-        fill = {
-            mixer.in_proj.vkq: torch.cat([layer[f"{p}_proj.weight"] for p in "vkq"]),
-            mixer.in_proj.gate_dt: torch.cat([layer["g_proj.weight"], layer["in_proj.weight"]]),
-            mixer.conv.weight: layer["conv1d.weight"],
-            mixer.conv.bias: layer["conv1d.bias"],
-            mixer.A_log: layer["A_log_bias"],
-            mixer.dt_bias: layer["dt_bias"],
-            mixer.norm.weight: layer["g_norm.weight"],
-        }
-        for parameter, values in fill.items():
-            assert parameter.shape == values.shape
-            parameter.data.copy_(values)
-        rest[f"{ours.removesuffix('_norm.weight')}.out_proj.weight"] = layer["o_proj.weight"]
-    return rest
 
 
 # --- losses against the reference training code ---
@@ -69,13 +38,7 @@ def load_unfused(student: MMMamba, path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("number", [1, 2])
 def test_layer_losses_equal_the_reference(folder: str, case: str, number: int) -> None:
     teacher = teacher_of(folder, torch.float64)
-    student = student_of(teacher, folder)
-    rest = load_unfused(student, GOLDEN / folder / f"stage{number}_student.safetensors")
-    shared = dict(teacher.named_parameters())
-    for name, values in rest.items():
-        ours = from_published(name) or name
-        if ours in shared:
-            assert torch.equal(shared[ours], values.double()), f"{ours} of the fixture is not the teacher's"
+    student = load_upstream_student(teacher, GOLDEN / folder / f"stage{number}_student.safetensors")
     stage = LayerStage(teacher, student, train_vkq=number == 2, compiled=False)
     tensors = golden_cases(folder)[case]
     with torch.no_grad():
@@ -104,6 +67,25 @@ def test_logit_losses_equal_the_reference(folder: str, kind: str) -> None:
         assert float(kl.sum()) == pytest.approx(wanted, rel=1e-5), case
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_the_stage_gives_the_references_sum_over_all_tokens(folder: str, kind: str) -> None:
+    """Through `prepare` and the chunked loss, as a run with every token does it."""
+    teacher, student = teacher_of(folder), load_model(GOLDEN / folder / kind)
+    stage = LogitsStage(teacher, student, compiled=False, objective=Objective.reference())
+    stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+    for case, tensors in golden_cases(folder).items():
+        ids = tensors["input_ids"]
+        inputs = prepare(Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, 0), teacher.config, all_tokens=True)
+        assert stage.all_tokens
+        with torch.no_grad():
+            tiles = tensors.get("pixel_values")
+            hidden = [model.hidden_states(ids, tiles).flatten(0, 1)[inputs.positions] for model in (student, teacher)]
+            loss = stage._loss(*hidden, inputs)
+        wanted = golden_expected(folder)[case][f"stage3_kl_sum_{kind}"]
+        assert float(loss.total) == float(loss.kl) == pytest.approx(wanted, rel=1e-5), case
+
+
 def test_losses_by_hand() -> None:
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.2, 0.2, 0.6])
     kl = float((p * (p / q).log()).sum())
@@ -116,13 +98,14 @@ def test_losses_by_hand() -> None:
     a, b = torch.zeros(2, 3, 4), torch.full((2, 3, 4), 0.5)
     assert float(layer_mse(a, b)) == 0.25
     assert layer_mse(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    b[:, 2] = 9.0
+    assert float(layer_mse(a, b, torch.tensor([[1.0, 1.0, 0.0]]).expand(2, -1))) == 0.25
 
 
 def test_layer_gradients_are_those_of_the_stage_loss() -> None:
     """Each layer's backward runs at once; together they are the gradient of 1000 x the mean over layers."""
     teacher = teacher_of("post", torch.float64)
-    student = student_of(teacher, "post")
-    load_unfused(student, GOLDEN / "post" / "stage2_student.safetensors")
+    student = load_upstream_student(teacher, GOLDEN / "post" / "stage2_student.safetensors")
     stage = LayerStage(teacher, student, train_vkq=True, compiled=False)
     tensors = golden_cases("post")["image"]
     for paired in stage.paired:
@@ -267,6 +250,126 @@ def test_weights_of_batches_scale_gradients() -> None:
     assert one.keys() == half.keys()
     for name in one:
         assert torch.allclose(half[name] * 2, one[name], rtol=0.05, atol=1e-3 * float(one[name].abs().max())), name
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_decays_and_step_sizes_can_be_held(number: int, tmp_path: Path) -> None:
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post", "hybrid")
+    before = copies(student)
+    if number == 3:
+        stage: Stage = LogitsStage(teacher, student, compiled=False, train_decay=False)
+    else:
+        stage = LayerStage(teacher, student, train_vkq=number == 2, compiled=False, train_decay=False)
+    run_stage(stage, tmp_path)
+    names = MIXER_NEW - {"A_log", "dt_bias"} | (set() if number == 1 else {"in_proj.vkq"})
+    assert moved(student, before) == mixer_tensors(student, names)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_frozen_tensors_are_in_memory_once(number: int, kind: str) -> None:
+    """What no stage trains is one tensor in teacher, student and the network that the stage runs."""
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post", kind)
+    stage = student_stage(number, teacher, student)
+    trained = {p.data_ptr() for p in stage.parameters().values()}
+    own = {p.data_ptr() for p in teacher.parameters()}
+    assert not own & trained
+    held = {p.data_ptr(): p for m in (teacher, student, stage.model) for p in m.parameters() if p.numel()}
+    of_mixers = {p.data_ptr() for _, layer in paired_layers(teacher, student) for p in layer.mixer.parameters()}
+    assert held.keys() == own | of_mixers
+    frozen_mixer = {"in_proj.vkq"} if number == 1 else set()
+    new = held.keys() - own - trained
+    assert new == {dict(student.named_parameters())[n].data_ptr() for n in mixer_tensors(student, frozen_mixer)}
+
+
+def objective_loss(objective: Objective, rows: int = 3) -> tuple[dict[str, float], Tensor]:
+    """Metrics and the gradient of one parameter, in float32."""
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post")
+    stage = LogitsStage(teacher, student, compiled=False, objective=objective)
+    stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+    metrics = run_step(stage, [(1.0, batch("image", rows=rows))])
+    gradient = student.get_parameter("language.layers.0.mixer.in_proj.vkq").grad
+    assert gradient is not None
+    return {name: float(value) for name, value in metrics.items()}, gradient.clone()
+
+
+def test_objectives_of_stage_3() -> None:
+    """Against the plain formula over whole logits."""
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post")
+    sample = batch("image")
+    assert sample.pixels is not None
+    with torch.no_grad():
+        inputs = sample.input_ids, pixel_values(sample.pixels)
+        q, p = student(*inputs), teacher(*inputs)
+    answers, real = slice(9, 13), slice(0, 14)  # predicted from one to the left; the row ends with the answer
+    entropy = nn.functional.cross_entropy(q[:, answers].flatten(0, 1), sample.input_ids[:, 10:14].flatten())
+    plain, gradient = objective_loss(Objective())
+    assert plain == {"image_kl": pytest.approx(float(token_kl(q, p)[:, answers].mean()), rel=1e-5)}
+    summed, of_sum = objective_loss(Objective(reduction="sum"))
+    assert summed["image_kl"] == pytest.approx(12 * plain["image_kl"], rel=1e-5)
+    assert torch.allclose(of_sum, 12 * gradient, rtol=1e-3, atol=1e-5 * float(of_sum.abs().max()))
+    every, _ = objective_loss(Objective(all_tokens=True))
+    assert every["image_kl"] == pytest.approx(float(token_kl(q, p)[:, real].mean()), rel=1e-5)
+    both, of_both = objective_loss(Objective(temperature=2.0, ce_weight=0.5, all_tokens=True))
+    wanted = float(token_kl(q, p, 2.0)[:, real].mean()) / 4  # the log shows the divergence itself
+    assert both == {"image_kl": pytest.approx(wanted, rel=1e-5), "image_ce": pytest.approx(float(entropy), rel=1e-5)}
+    assert not torch.allclose(of_both, gradient, rtol=0.1)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_packed_rows_train(number: int) -> None:
+    """A step over packed rows gives the gradients of the samples alone, weighted by what each has to learn."""
+    teacher = teacher_of("post", torch.float64)
+    student = student_of(teacher, "post", "hybrid").double()
+    stage = student_stage(number, teacher, student)
+    stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+    samples = [piece(1, [3, -4, 5]), piece(2, [2, 6], learned=2), piece(3, [2, -8, 3])]
+    parameters = stage.parameters()
+
+    def step(batches: list[tuple[float, PackedBatch]]) -> dict[str, Tensor]:
+        run_step(stage, batches)
+        return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+    def alone(sample: Piece) -> PackedBatch:
+        shape = RowShape.of(teacher.config, seqlen=len(sample.input_ids), pad_id=7)
+        return pack([[sample]], shape, PackerState())
+
+    tokens = [len(s.input_ids) + 3 * 4 * s.num_tiles for s in samples]  # of the embedding stack
+    length = sum(len(s.input_ids) for s in samples)
+    # Padding and blank tiles count nowhere.
+    shape = RowShape.of(teacher.config, seqlen=length + 12, tiles=4, pad_id=7)
+    together = step([(1.0, pack([samples], shape, PackerState()))])
+    weights = [3 / 8, 2 / 8, 3 / 8]
+    if number == 1:  # every position of a layer is a target: other shares in the two stacks
+        one_by_one = [step([(1.0, alone(sample))]) for sample in samples]
+        lengths = [len(s.input_ids) for s in samples]
+        for name in together:
+            in_embedding = int(name.partition(".")[0]) < student.config.embedding.layer_types.count("mamba2")
+            shares = tokens if in_embedding else lengths
+            want = sum(g[name] * share / sum(shares) for g, share in zip(one_by_one, shares, strict=True))
+            assert isinstance(want, Tensor)
+            assert_near(f"gradient of {name}", together[name], want, 1e-5)  # the error is taken in float32
+    else:
+        for name, want in step([(w, alone(s)) for w, s in zip(weights, samples, strict=True)]).items():
+            assert_near(f"gradient of {name}", together[name], want, 1e-6)  # weights are float32
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointing in (False, True):
+        teacher = teacher_of("post")
+        student = student_of(teacher, "post", "hybrid")
+        stage = LogitsStage(teacher, student, compiled=False)
+        if checkpointing:
+            recompute_blocks_(stage.networks())
+        run_step(stage, [(1.0, batch("image"))])
+        found.append({name: p.grad.clone() for name, p in stage.parameters().items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_paired_layers() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.convert import make_student
 from distill.data.batches import Batch
+from distill.data.packing import PackedBatch, Piece
 from distill.distributed import FlatGradients
 from distill.inputs import prepare
 from distill.runner import step_runner
@@ -16,7 +18,7 @@ from distill.stages import LayerStage, LogitsStage, Stage
 from mmmamba.checkpoint import load_model
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba
-from tests.helpers import GOLDEN, IMAGE_ID, golden_config
+from tests.helpers import GOLDEN, IMAGE_ID, TILE_TOKENS, golden_config
 
 
 def teacher_of(folder: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> MMMamba:
@@ -48,6 +50,18 @@ def batch(kind: str, seed: int = 0, rows: int = 3) -> Batch:
     return Batch(ids, mask, pixels, 0)
 
 
+def piece(seed: int, layout: Sequence[int], *, learned: int = 3, side: int = 56) -> Piece:
+    """A sample without padding: `layout` is runs of text (positive) and of the tokens of whole tiles (negative)."""
+    rng = np.random.default_rng(seed)
+    runs = [rng.integers(0, 140, run) if run > 0 else np.full(-run, IMAGE_ID) for run in layout]
+    ids = np.concatenate(runs).astype(np.int64)
+    mask = np.zeros(len(ids), bool)
+    mask[-learned:] = True
+    num_tiles = sum(-run for run in layout if run < 0) // TILE_TOKENS
+    pixels = rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8) if num_tiles else None
+    return Piece(ids, mask, pixels)
+
+
 def batches(kind: str) -> Iterator[Batch]:
     seed = 0
     while True:
@@ -58,7 +72,8 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def run_step(stage: Stage, batches: list[tuple[float, Batch]]) -> dict[str, Tensor]:
+def run_step(stage: Stage, batches: Sequence[tuple[float, Batch | PackedBatch]]) -> dict[str, Tensor]:
     """One step as the trainer runs it, without the optimizer."""
-    prepared = [(weight, prepare(batch, stage.model.config)) for weight, batch in batches]
+    every = stage.all_tokens
+    prepared = [(weight, prepare(batch, stage.model.config, all_tokens=every)) for weight, batch in batches]
     return step_runner(stage, FlatGradients(stage.parameters().values()), graph=False)(prepared)

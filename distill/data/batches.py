@@ -1,11 +1,12 @@
 """Samples to rows of fixed length, and rows to batches: the shapes that the training loops see.
 
-Two kinds of rows: `image` (one tile, so `tokens_per_tile` image tokens and some 90 of text) and `text` (no picture).
-Fixed lengths keep compiled graphs and tuned kernels few.
+Two kinds of rows: `image` (mostly one tile, so `tokens_per_tile` image tokens and some 90 of text) and `text` (no
+picture). Fixed lengths keep compiled graphs and tuned kernels few.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.data.photos import squash
-from distill.data.sample import Sample
+from distill.data.sample import IMAGE_TAG, Sample
 from mmmamba.config import ModelConfig
 from mmmamba.image import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba.prompt import TURN_END, Turn, conversation_ids
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
     input_ids: (batch, seqlen), int64, padded on the right.
     loss_mask: (batch, seqlen), bool: True at the tokens to be learned, which are the answers with the `<|im_end|>` that
         closes each. The logits that predict them stand one position to the left.
-    pixels: (batch, tile, tile, 3), uint8, one tile a row in order; None for text. See `pixel_values`.
+    pixels: (batch * num_images, tile, tile, 3), uint8, the rows' tiles in order; None for text. See `pixel_values`.
     num_skipped: samples that were passed over because not even their first turn fits.
     """
 
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """input_ids: (seqlen,), int64.  loss_mask: (seqlen,), bool.  pixels: (tile, tile, 3), uint8, or None."""
+    """input_ids: (seqlen,), int64. loss_mask: (seqlen,), bool. pixels: (num_images * tile, tile, 3), uint8; or None."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -56,11 +57,18 @@ class Rows:
     Args:
         tokenizer, config: of the model that is trained.
         seqlen: tokens a row as the language model counts them; 160 for images and 256 for text unless given.
-    Raises: ValueError for an unknown kind, or a length that leaves no room for text.
+        num_images: images a row of kind "image", of one tile each: as many in every row, since a batch cannot mix.
+    Raises: ValueError for an unknown kind, a number of images below 1, or a length that leaves no room for text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: ModelConfig, kind: RowKind = "image", *, seqlen: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        kind: RowKind = "image",
+        *,
+        seqlen: int | None = None,
+        num_images: int = 1,
     ) -> None:
         if kind not in DEFAULT_SEQLEN:
             raise ValueError(f'rows of kind "{kind}" are not known; use "image" or "text"')
@@ -68,8 +76,10 @@ class Rows:
         self.config = config
         self.kind = kind
         self.seqlen = DEFAULT_SEQLEN[kind] if seqlen is None else seqlen
-        self.image_tiles = (1,) if kind == "image" else ()
-        shortest, _ = conversation_ids(tokenizer, config, [Turn("?", "!", self.image_tiles)])
+        if num_images < 1:
+            raise ValueError(f'num_images={num_images} is below 1; for rows without images use kind "text"')
+        self.num_images = num_images if kind == "image" else 0
+        shortest, _ = conversation_ids(tokenizer, config, [Turn("?", "!", (1,) * self.num_images)])
         if self.seqlen < len(shortest):
             raise ValueError(
                 f"seqlen={self.seqlen} holds no turn; the shortest {kind} row takes {len(shortest)} tokens"
@@ -78,7 +88,8 @@ class Rows:
         self.pad_id = tokenizer.token_id(TURN_END)
 
     def row(self, sample: Sample) -> Row | None:
-        """The sample with as many whole turns as fit, or None if the first does not.
+        """The sample with as many whole turns as fit; None if the first does not, or if it leaves another number of
+        images than the rows have.
 
         Raises: ValueError if the sample has an image and the rows are text, or the other way round.
         """
@@ -87,37 +98,55 @@ class Rows:
             raise ValueError(
                 f"a sample of {sample.task} has {has}, which does not fit {self.kind} rows; mix its source elsewhere"
             )
-        first, *others = sample.turns
-        turns = [Turn(*first, self.image_tiles), *(Turn(*turn) for turn in others)]
-        ids, mask = conversation_ids(self.tokenizer, self.config, turns)
+        if len(sample.images) != self.num_images:
+            return None
+        turns = _turns(sample)
+        ids, mask = conversation_ids(self.tokenizer, self.config, turns, system=sample.system)
         # A conversation cut after the `<|im_end|>` of a reply is the shorter conversation.
         learned = np.array(mask)
         ends = np.flatnonzero(learned & ~np.append(learned[1:], False)) + 1
         fitting = ends[ends <= self.seqlen]
         if not len(fitting):
             return None
+        if sum(len(turn.image_tiles) for turn in turns[: len(fitting)]) < self.num_images:
+            return None
         length = int(fitting[-1])
         input_ids = np.full(self.seqlen, self.pad_id, np.int64)
         input_ids[:length] = ids[:length]
         loss_mask = np.zeros(self.seqlen, bool)
         loss_mask[:length] = learned[:length]
-        pixels = None if sample.image is None else np.asarray(squash(sample.image, self.config.image_size))
+        tiles = [np.asarray(squash(image, self.config.image_size)) for image in sample.images]
+        pixels = np.concatenate(tiles) if len(tiles) > 1 else tiles[0] if tiles else None
         return Row(input_ids, loss_mask, pixels)
+
+
+def _turns(sample: Sample) -> list[Turn]:
+    """The turns as the prompt takes them, with the images where they stand."""
+    if not sample.placed:
+        first, *others = sample.turns
+        return [Turn(*first, (1,) * len(sample.images)), *(Turn(*turn) for turn in others)]
+    turns = []
+    for question, answer in sample.turns:
+        pieces = question.split(IMAGE_TAG)
+        places = tuple(itertools.accumulate(len(piece) for piece in pieces[:-1]))
+        turns.append(Turn("".join(pieces), answer, (1,) * len(places), places))
+    return turns
 
 
 def stack(rows: Sequence[Row], num_skipped: int = 0) -> Batch:
     """One batch of rows of the same kind and length."""
     pictures = [row.pixels for row in rows if row.pixels is not None]
+    side = pictures[0].shape[1] if pictures else 0
     return Batch(
         torch.from_numpy(np.stack([row.input_ids for row in rows])),
         torch.from_numpy(np.stack([row.loss_mask for row in rows])),
-        torch.from_numpy(np.stack(pictures)) if pictures else None,
+        torch.from_numpy(np.stack(pictures).reshape(-1, side, side, 3)) if pictures else None,
         num_skipped,
     )
 
 
 def pixel_values(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(batch, tile, tile, 3) uint8 to (batch, 3, tile, tile) ImageNet-normalised, as the model takes it; same device.
+    """(tiles, tile, tile, 3) uint8 to (tiles, 3, tile, tile) ImageNet-normalised, as the model takes it; same device.
 
     Equal to `mmmamba.image.tile_image` of the same pictures at one tile each.
     """

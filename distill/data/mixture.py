@@ -13,10 +13,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distill.data.batches import Batch, Row, Rows, stack
+from distill.data.facts import PhotoFacts
+from distill.data.flags import Flags
+from distill.data.icons import Icons
+from distill.data.named import NAMES, open_named
 from distill.data.photos import Photos
 from distill.data.sample import Sample, Source, Split, rng_for
 from distill.data.shapes import Shapes
 from distill.data.text import Conversations
+from distill.data.unknown import Unknown
 
 _MOST_ATTEMPTS = 100
 
@@ -26,27 +31,68 @@ def open_sources(
     split: Split = "train",
     *,
     photos: str | Path | None = None,
+    icons: str | Path | None = None,
+    fonts: str | Path | None = None,
     text: Sequence[str | Path] = (),
 ) -> list[tuple[Source, float]]:
     """The sources that a recipe names, with their weights, for `Mixture`.
 
     Args:
-        weights: by name: "shapes", "photos", or the name of a file of conversations without endings, such as
-            "gsm8k_train". A weight of 0 leaves a source out.
+        weights: by name: "shapes", "photos", "photo_facts", "icons", "flags", "unknown", one of `distill.data.named`
+            (among them "internvl:META.json" and "webdataset:SHARDS" for data of your own), or the name of a file of
+            conversations without endings, such as "gsm8k_train". A weight of 0 leaves a source out. With "unknown",
+            "photos" leaves out the classes that are never taught.
         photos: where the photos lie (see `distill.data.photos.Photos`).
+        icons: the file with icons and flags (see `distill.data.icons_pack`).
+        fonts: a pack of fonts (see `distill.data.fonts_pack`), for "printed", "charts" and "digits".
         text: folders to look through, in order, for `NAME.jsonl.gz` and `NAME.jsonl`.
     Raises: ValueError for a name that is neither, and as the sources do.
     """
-    return [(_open(name, split, photos, text), weight) for name, weight in weights.items() if weight]
+    used = {name: weight for name, weight in weights.items() if weight}
+    places = {"photos": photos, "icons": icons}
+    for name, places_needed in _NEEDS.items():
+        for place in places_needed:
+            if name in used and places[place] is None:
+                raise ValueError(f'the weights name "{name}"; say with {place}= where the {place} lie')
+    sources = []
+    for name, weight in used.items():
+        source = open_named(name, split, fonts=fonts, text=text)
+        if source is None:
+            source = _open(name, split, photos, icons, text, "unknown" in used)
+        sources.append((source, weight))
+    return sources
 
 
-def _open(name: str, split: Split, photos: str | Path | None, text: Sequence[str | Path]) -> Source:
+# What the sources that draw on files cannot do without.
+_NEEDS = {
+    Photos.name: ("photos",),
+    PhotoFacts.name: ("photos",),
+    Icons.name: ("icons",),
+    Flags.name: ("icons",),
+    Unknown.name: ("photos", "icons"),
+}
+
+
+def _open(
+    name: str,
+    split: Split,
+    photos: str | Path | None,
+    icons: str | Path | None,
+    text: Sequence[str | Path],
+    taught_only: bool,
+) -> Source:
     if name == Shapes.name:
         return Shapes(split)
-    if name == Photos.name:
-        if photos is None:
-            raise ValueError('the weights name "photos"; say with photos= where they lie')
-        return Photos(photos, split)
+    if photos is not None and name == Photos.name:
+        return Photos(photos, split, taught_only=taught_only)
+    if photos is not None and name == PhotoFacts.name:
+        return PhotoFacts(photos, split)
+    if icons is not None and name == Icons.name:
+        return Icons(icons, split)
+    if icons is not None and name == Flags.name:
+        return Flags(icons, split)
+    if name == Unknown.name:
+        return Unknown(split, icons=icons, photos=photos)
     for folder in text:
         for ending in (".jsonl.gz", ".jsonl"):
             path = Path(folder) / f"{name}{ending}"
@@ -54,7 +100,8 @@ def _open(name: str, split: Split, photos: str | Path | None, text: Sequence[str
                 # Two people's small talk has no beginning that matters; tasks and answers do.
                 return Conversations(path, split, any_start=name == "topical_chat")
     places = ", ".join(map(str, text)) or "no folder given with text="
-    raise ValueError(f'source "{name}" is neither "shapes" nor "photos", nor a .jsonl or .jsonl.gz file in {places}')
+    known = ", ".join(f'"{known}"' for known in (Shapes.name, *_NEEDS, *NAMES))
+    raise ValueError(f'source "{name}" is neither one of {known}, nor a .jsonl or .jsonl.gz file in {places}')
 
 
 class Mixture(IterableDataset[Batch]):

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from distill.data.sample import QA, Sample, Split, casual, check_split, rng_for, sentence, with_article, yes_no
+from distill.data.unseen import part_of
 
 # Labels that name no single thing; the last label of some records.
 BROAD_LABELS = ("fruit", "vegetable", "grocery package", "waste")
@@ -49,6 +50,13 @@ class Photo:
         return self.labels[-1] if self.labels and self.labels[-1] in BROAD_LABELS else ""
 
     @property
+    def class_name(self) -> str:
+        """What is held out as a whole (`distill.data.unseen`): "apple" for every variety, "" where nothing is named."""
+        if self.human_captions or not self.labels or self.kind == "waste":  # materials are no things
+            return ""
+        return (self.labels[1] if self.kind else self.labels[0]).lower()
+
+    @property
     def accepted(self) -> tuple[str, ...]:
         """Every right answer to "What is this?": the name first, then the labels that are not broad."""
         return tuple(dict.fromkeys((self.name, *(label for label in self.labels if label not in BROAD_LABELS))))
@@ -61,15 +69,15 @@ class Photo:
             raise ValueError(f"photo {self.key} cannot be decoded ({error}); make or fetch its shard again") from error
 
 
-def read_photos(path: Path, split: Split) -> list[Photo]:
-    """All photos of a split, in the order of the shards.
+def read_photos(path: Path, split: Split | None) -> list[Photo]:
+    """All photos of a split (None: of all), in the order of the shards.
 
     Args:
         path: a folder with shards `SPLIT-NNNN.tar`, or one file written by `photos_pack`, plain or gzipped.
     Raises: ValueError for no shards, no photos of this split, a damaged shard, or a photo without its record.
     """
     photos = []
-    for _, key, data, text in read_records(path, check_split(split)):
+    for _, key, data, text in read_records(path, None if split is None else check_split(split)):
         try:
             record = json.loads(text)
             human = record["caption_type"] == "human"
@@ -79,7 +87,7 @@ def read_photos(path: Path, split: Split) -> list[Photo]:
                 f"the record of photo {key} in {path} cannot be used ({error!r}); make its shard again"
             ) from error
     if not photos:
-        raise ValueError(f'{path} holds no photos of split "{split}"')
+        raise ValueError(f"{path} holds no photos" + (f' of split "{split}"' if split else ""))
     return photos
 
 
@@ -127,7 +135,7 @@ def _pairs(shard: Path) -> Iterator[tuple[str, bytes, bytes]]:
 
 # -- questions ---------------------------------------------------------------------------------------------------------
 
-_LABEL = (
+LABEL_QUESTIONS = (
     "What is this?",
     "What do you see?",
     "What is in the picture?",
@@ -168,11 +176,21 @@ class Photos:
 
     name = "photos"
 
-    def __init__(self, path: str | Path, split: Split = "train", *, size_px: int = 224) -> None:
-        """Reads all shards at `path` into memory (see `read_photos`, also for what is raised)."""
+    def __init__(
+        self, path: str | Path, split: Split = "train", *, size_px: int = 224, taught_only: bool = False
+    ) -> None:
+        """Reads all shards at `path` into memory (see `read_photos`, also for what is raised).
+
+        Args:
+            taught_only: leave out the classes that are never taught (`distill.data.unseen`), which the source `Unknown`
+                shows without a name.
+        """
         self.split = check_split(split)
         self.size_px = size_px
-        self.photos = read_photos(Path(path), split)
+        self.path = Path(path)
+        self.photos = read_photos(self.path, split)
+        if taught_only:
+            self.photos = [photo for photo in self.photos if part_of(photo.class_name) == "taught"]
         # One photo for each thing, to ask "Is this a ...?" of other photos.
         self._others = list({photo.name: photo for photo in self.photos if photo.name}.values())
 
@@ -181,7 +199,7 @@ class Photos:
         photo = rng.choice(self.photos)
         image = photo.open()
         if self.split == "train":
-            image = _augment(image, rng, self.size_px, mirror=not set(photo.labels) & set(_NO_MIRROR))
+            image = augment(image, rng, self.size_px, mirror=not set(photo.labels) & set(_NO_MIRROR))
         return Sample(squash(image, self.size_px), self._turns(photo, rng), self.name)
 
     def _turns(self, photo: Photo, rng: random.Random) -> tuple[QA, ...]:
@@ -209,7 +227,7 @@ class Photos:
 
 def label_question(photo: Photo, rng: random.Random) -> QA:
     """What is this?  `photo` has a name."""
-    return rng.choice(_LABEL), sentence(photo.name)
+    return rng.choice(LABEL_QUESTIONS), sentence(photo.name)
 
 
 def squash(image: Image.Image, size_px: int) -> Image.Image:
@@ -251,7 +269,7 @@ def _clean(caption: str) -> str:
     return sentence(caption.lower() if caption.isupper() else caption)
 
 
-def _augment(image: Image.Image, rng: random.Random, size_px: int, *, mirror: bool) -> Image.Image:
+def augment(image: Image.Image, rng: random.Random, size_px: int, *, mirror: bool) -> Image.Image:
     """Another cut, mirrored or not, a little brighter or darker. Keeps at least 72 % of the picture."""
     width, height = image.size
     cut_width, cut_height = width * rng.uniform(0.85, 1), height * rng.uniform(0.85, 1)

@@ -14,8 +14,9 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from distill.data.photos import Photo, read_records, squash
 
@@ -30,6 +31,24 @@ def pack_photos(src: Path, out: Path, *, size_px: int = 224, quality: int = 50, 
     Returns: number of photos.
     Raises: ValueError if the file gets larger than `max_mib` (nothing is left behind), and as `read_photos`.
     """
+
+    def records() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+        for split, key, data, text in read_records(src):
+            buffer = io.BytesIO()
+            squash(Photo(key, data, (), (), False).open(), size_px).save(buffer, "WEBP", quality=quality, method=6)
+            yield f"{split}/{key}", buffer.getvalue(), json.loads(text)
+
+    return write_packed(out, records(), max_mib=max_mib, what=f"photos at quality {quality}")
+
+
+def write_packed(
+    out: Path, records: Iterable[tuple[str, bytes, dict[str, Any]]], *, max_mib: float | None, what: str
+) -> int:
+    """Write SPLIT/KEY, WebP bytes and record of each picture into one tar file, gzipped if its name ends in .gz.
+
+    Returns: number of records.
+    Raises: ValueError, naming `what` the records are, if the file gets larger than `max_mib`; nothing is left behind.
+    """
     number = 0
     part = out.with_name(out.name + ".part")
     try:
@@ -39,20 +58,16 @@ def pack_photos(src: Path, out: Path, *, size_px: int = 224, quality: int = 50, 
                 stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0)) if out.suffix == ".gz" else None
             )
             tar = stack.enter_context(tarfile.open(fileobj=gzipped or file, mode="w"))
-            for split, key, data, text in read_records(src):
-                buffer = io.BytesIO()
-                squash(Photo(key, data, (), (), False).open(), size_px).save(buffer, "WEBP", quality=quality, method=6)
-                record = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")).encode()
-                for suffix, content in (("webp", buffer.getvalue()), ("json", record)):
-                    member = tarfile.TarInfo(f"{split}/{key}.{suffix}")
+            for name, picture, record in records:
+                text = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+                for suffix, content in (("webp", picture), ("json", text)):
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 number += 1
         mib = part.stat().st_size / 2**20
         if max_mib is not None and mib > max_mib:
-            raise ValueError(
-                f"{number} photos at quality {quality} take {mib:.1f} MiB, more than {max_mib:g}; use a lower quality"
-            )
+            raise ValueError(f"{number} {what} take {mib:.1f} MiB, more than {max_mib:g}; use a lower quality")
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)

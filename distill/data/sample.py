@@ -16,26 +16,45 @@ from PIL import Image
 
 Split = Literal["train", "val"]
 QA = tuple[str, str]  # question and answer
+IMAGE_TAG = "<image>"  # where an image stands in a question, if the sample says so
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation, about one picture or none.
+    """One conversation, about one picture, several or none.
 
     image: Pillow image in mode RGB, or None for text alone.
     turns: (question, answer) pairs, at least one, no empty strings.
     task: what is asked, such as "shapes" or "photos"; for logs and tests.
+    more_images: those after the first, in order.
+    placed: every "<image>" in the questions is the place of an image, in order; otherwise all stand before the first
+        question, and the tag is text like any other.
+    system: the system message; None takes the template's.
     """
 
     image: Image.Image | None
     turns: tuple[QA, ...]
     task: str
+    more_images: tuple[Image.Image, ...] = ()
+    placed: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if not self.turns or not all(question and answer for question, answer in self.turns):
             raise ValueError(f"a sample of {self.task} has turns {self.turns!r}; each needs a question and an answer")
-        if self.image is not None and self.image.mode != "RGB":
-            raise ValueError(f'a sample of {self.task} has an image in mode "{self.image.mode}"; convert it to "RGB"')
+        for image in self.images:
+            if image.mode != "RGB":
+                raise ValueError(f'a sample of {self.task} has an image in mode "{image.mode}"; convert it to "RGB"')
+        if self.more_images and self.image is None:
+            raise ValueError(f"a sample of {self.task} has more_images without an image; put the first into image")
+        tags = sum(question.count(IMAGE_TAG) for question, _ in self.turns)
+        if self.placed and tags != len(self.images):
+            raise ValueError(f"a sample of {self.task} has {len(self.images)} images and {tags} places for them")
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All images, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 class Source(Protocol):

@@ -96,7 +96,7 @@ def _content(names: list[tuple[str, str]]) -> str:
 def random_scene(rng: random.Random, split: Split) -> Scene:
     """A scene of 1 to `MAX_SHAPES` shapes: a held-out one for split "val", another for "train"."""
     while True:
-        look = _random_look(rng)
+        look = random_look(rng)
         colors = [name for name, rgb in COLORS.items() if _contrast(rgb, look.background) >= _MIN_CONTRAST]
         num_shapes = rng.randint(1, MAX_SHAPES)
         # Few kinds and colours make equal shapes, without which there would be little to count and compare.
@@ -115,7 +115,7 @@ def random_scene(rng: random.Random, split: Split) -> Scene:
 
 def draw_scene(scene: Scene, size_px: int = 224) -> Image.Image:
     """Draw the scene as an RGB picture of `size_px` by `size_px`."""
-    image = _draw_background(scene.look, size_px)
+    image = draw_background(scene.look, size_px)
     masks = [_mask(s, size_px, hollow=scene.look.style == "hollow") for s in scene.shapes]
     if scene.look.shadow:
         offset_px = round(size_px * 0.013)
@@ -132,7 +132,8 @@ def draw_scene(scene: Scene, size_px: int = 224) -> Image.Image:
 # -- content and places ------------------------------------------------------------------------------------------------
 
 
-def _random_look(rng: random.Random) -> Look:
+def random_look(rng: random.Random) -> Look:
+    """A white, black, pale, dark or middling background, mostly plain."""
     roll = rng.random()
     if roll < 0.25:
         background = (255, 255, 255) if rng.random() < 0.8 else (0, 0, 0)
@@ -303,22 +304,27 @@ def _mask(
     return mask.reduce(_SUPERSAMPLE), (left, top)
 
 
-def _draw_background(look: Look, size_px: int) -> Image.Image:
+def draw_background(look: Look, size_px: int) -> Image.Image:
+    """The picture before anything is in it, RGB, `size_px` by `size_px`."""
     if look.texture == "flat":
         return Image.new("RGB", (size_px, size_px), look.background)
+    # Whole numbers throughout: as floats, this costs as much as all the rest of a picture.
     rng = np.random.default_rng(look.seed)
-    if look.texture == "grain":
-        texture = rng.integers(-1000, 1001, (size_px, size_px, 1 if rng.random() < 0.5 else 3)) / 1000
-    elif look.texture in ("gradient", "blotches"):
-        # A few random values, smoothly enlarged: two by two is a gradient.
+    base = np.asarray(look.background, np.int16)
+    reach = round(look.strength)
+    if look.texture in ("gradient", "blotches"):
+        # A few random colours, smoothly enlarged: two by two is a gradient.
         cells = 2 if look.texture == "gradient" else int(rng.integers(4, 12))
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        texture = np.asarray(coarse.resize((size_px, size_px), Image.Resampling.BICUBIC)) / np.float32(127.5) - 1
+        coarse = base + rng.integers(-reach, reach + 1, (cells, cells, 3), dtype=np.int16)
+        small = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
+        return small.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    if look.texture == "grain":
+        channels = 1 if rng.random() < 0.5 else 3
+        texture = rng.integers(-reach, reach + 1, (size_px, size_px, channels), dtype=np.int8)
     else:
         period_px = size_px / rng.integers(4, 16)
-        along = np.floor(np.arange(size_px) / period_px).astype(int) % 2
+        along = np.floor(np.arange(size_px) / period_px).astype(np.int8) % 2
         across = along if look.texture == "checks" else np.zeros_like(along)
-        texture = ((along[:, None] + across[None]) % 2)[..., None] * 2.0 - 1
+        texture = (((along[:, None] + across[None]) % 2)[..., None] * 2 - 1) * np.int8(reach)
         texture = texture.transpose(1, 0, 2) if rng.random() < 0.5 else texture
-    pixels = np.asarray(look.background, np.float32) + texture * np.float32(look.strength)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return Image.fromarray((base + texture).clip(0, 255).astype(np.uint8))

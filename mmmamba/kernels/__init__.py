@@ -1,10 +1,11 @@
-"""State-space kernels behind one signature; `select` is the one place that decides which implementation runs.
+"""Kernels behind one signature each; `select` is the one place that decides which implementation runs.
 
     ssd_scan(x, dt, A, B, C, initial_state)  a chunk of tokens from a carried state
     ssm_step(x, dt, A, B, C, ssm_state)      one token
+    segment_attention(q, k, v, segments)     softmax attention over packed rows, for the layers that keep it
 
-Both compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded from
-attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
+The first two compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded
+from attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
 `num_heads`: head i reads kv head i // (num_heads // num_kv_heads).
 """
 
@@ -20,19 +21,32 @@ from torch import Tensor
 
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.reference import ssd_scan_ref, ssm_step_ref
+from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, load_varlen, product_dtype
 from mmmamba.kernels.upstream import load_upstream_scan
+from mmmamba.segments import Segments
 
-Impl = Literal["auto", "reference", "chunked", "mamba_ssm"]
+SegmentImpl = Literal["auto", "masked", "varlen"]
+Impl = Literal["auto", "reference", "chunked", "triton", "mamba_ssm"]
 ScanFn = Callable[..., tuple[Tensor, Tensor]]
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Impl", "select_scan", "ssd_scan", "ssd_scan_ref", "ssm_step", "ssm_step_ref"]
+__all__ = [
+    "Impl",
+    "segment_attention",
+    "select_scan",
+    "select_segment_attention",
+    "ssd_scan",
+    "ssd_scan_ref",
+    "ssm_step",
+    "ssm_step_ref",
+]
 
 
 @cache
-def select_scan(device_type: str, impl: Impl = "auto") -> ScanFn:
-    """The chunk scan for a device, chosen once and logged with the reason.
+def select_scan(device_type: str, impl: Impl = "auto", training: bool = False) -> ScanFn:
+    """The chunk scan for a device, chosen once and logged with the reason: on CUDA mamba-ssm's where it imports; to
+    train our own first, whose backward pass needs no minutes of tuning before the first step.
 
     Raises: ValueError if `impl` is unknown, or names an implementation that cannot run here.
     """
@@ -40,19 +54,43 @@ def select_scan(device_type: str, impl: Impl = "auto") -> ScanFn:
         return ssd_scan_ref
     if impl == "chunked":
         return ssd_scan_chunked
-    if impl not in ("auto", "mamba_ssm"):
-        raise ValueError(f'impl "{impl}" is not known; use "auto", "reference", "chunked" or "mamba_ssm"')
-    if device_type != "cuda":
-        reason = f"device is {device_type}, mamba-ssm needs cuda"
-    else:
-        scan, reason = load_upstream_scan()
+    if impl not in ("auto", *_LOADERS):
+        raise ValueError(f'impl "{impl}" is not known; use "auto", "reference", "chunked", "triton" or "mamba_ssm"')
+    reasons = []
+    for name, (what, load) in _LOADERS.items():
+        if impl not in ("auto", name) or (impl == "auto" and name == "triton" and not training):
+            continue
+        if device_type != "cuda":
+            reasons.append(f"device is {device_type}, {what} needs cuda")
+            continue
+        scan, reason = load()
         if scan is not None:
-            log.info("chunk scan: mamba-ssm (Triton)")
+            log.info("chunk scan%s: %s", " for training" if training else "", what)
+            if training and name == "triton":
+                _IN_GRAPHS[device_type] = scan
             return scan
-    if impl == "mamba_ssm":
-        raise ValueError(f'impl "mamba_ssm" cannot run: {reason}; use "auto" or "chunked"')
-    log.info("chunk scan: torch chunked (%s)", reason)
+        reasons.append(reason)
+    if impl != "auto":
+        raise ValueError(f'impl "{impl}" cannot run: {reasons[0]}; use "auto" or "chunked"')
+    log.info("chunk scan%s: torch chunked (%s)", " for training" if training else "", "; ".join(reasons))
     return ssd_scan_chunked
+
+
+def _load_triton_scan() -> tuple[ScanFn | None, str]:
+    try:
+        from mmmamba.kernels.ssd_op import ssd_scan_triton
+    except Exception as error:  # as for mamba-ssm: whatever a broken build raises means "not here"
+        return None, f"Triton does not import: {type(error).__name__}: {error}"
+    return ssd_scan_triton, ""
+
+
+# What needs CUDA, in order of preference: name -> (for the log, loader).
+_LOADERS: dict[str, tuple[str, Callable[[], tuple[ScanFn | None, str]]]] = {
+    "triton": ("our Triton scan", _load_triton_scan),
+    "mamba_ssm": ("mamba-ssm", load_upstream_scan),
+}
+# Scans that a traced graph may call, by device: ours is an operator. `select_scan` fills it; call it before compiling.
+_IN_GRAPHS: dict[str, ScanFn] = {}
 
 
 def ssd_scan(
@@ -63,14 +101,53 @@ def ssd_scan(
     C: Tensor,
     initial_state: Tensor | None = None,
     *,
+    segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    need_state: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a chunk of tokens; see `ssd_scan_ref` for shapes."""
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
     if impl == "auto" and torch.compiler.is_compiling():
         # Tracing through foreign Triton autotuners breaks graphs; the torch form fuses well by itself.
-        return ssd_scan_chunked(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
-    return select_scan(x.device.type, impl)(x, dt, A, B, C, initial_state, chunk_size=chunk_size)
+        scan = _IN_GRAPHS.get(x.device.type, ssd_scan_chunked) if training else ssd_scan_chunked
+    else:
+        scan = select_scan(x.device.type, impl, training)
+    return scan(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size, need_state=need_state)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, impl: SegmentImpl = "auto") -> Tensor:
+    """Causal softmax attention within the segments of packed rows.
+
+    Args:
+        q: (batch, num_heads, seqlen, head_dim).        k, v: (batch, num_kv_heads, seqlen, head_dim).
+    Returns: (batch, num_heads, seqlen, head_dim).
+    """
+    narrow = product_dtype(q) in VARLEN_DTYPES
+    return select_segment_attention(q.device.type, narrow, impl)(q, k, v, segments)
+
+
+@cache
+def select_segment_attention(device_type: str, narrow: bool, impl: SegmentImpl = "auto") -> Callable[..., Tensor]:
+    """Attention over packed rows for a device, `narrow` for bf16 and fp16; chosen once and logged with the reason.
+
+    Raises: ValueError if `impl` is unknown, or names an implementation that cannot run here.
+    """
+    if impl == "masked":
+        return attend_masked
+    if impl not in ("auto", "varlen"):
+        raise ValueError(f'impl "{impl}" is not known; use "auto", "masked" or "varlen"')
+    if device_type != "cuda" or not narrow:
+        reason = f"device is {device_type}, {'narrow' if narrow else 'wide'} type; flash attention needs cuda and bf16"
+    else:
+        attend, reason = load_varlen()
+        if attend is not None:
+            log.info("attention over packed rows: flash attention of any length")
+            return attend
+    if impl == "varlen":
+        raise ValueError(f'impl "varlen" cannot run: {reason}; use "auto" or "masked"')
+    log.info("attention over packed rows: masked (%s)", reason)
+    return attend_masked
 
 
 def ssm_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, ssm_state: Tensor) -> Tensor:

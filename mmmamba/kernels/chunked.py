@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +19,15 @@ def ssd_scan_chunked(
     C: Tensor,
     initial_state: Tensor | None = None,
     *,
+    segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """State-space duality: inside a chunk attention with decay for a mask, between chunks the carried state.
 
     Follows the block decomposition of Mamba-2 (arXiv:2405.21060, section 6). Arguments and results as `ssd_scan_ref`;
-    sequences that do not fill their last chunk are padded with dt = 0, which leaves the state alone.
+    sequences that do not fill their last chunk are padded with dt = 0, which leaves the state alone. Between segments
+    the weights are exactly zero.
     Differentiable. Cost grows linearly with seqlen; extra memory is num_heads * seqlen * chunk_size numbers.
 
     Raises: ValueError if initial_state is narrower than float32, or chunk_size is below 1.
@@ -39,6 +44,7 @@ def ssd_scan_chunked(
     num_chunks = -(-seqlen // q)
     if pad := num_chunks * q - seqlen:
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
+    borders = None if segment_ids is None else _Borders.of(segment_ids, num_chunks, q)
 
     # Heads to the front, query heads of one kv head side by side, chunks apart.
     x = x.view(batch, num_chunks, q, groups, head_dim).permute(0, 3, 1, 2, 4)  # (b, g, c, q, p)
@@ -52,12 +58,19 @@ def ssd_scan_chunked(
 
     # Inside a chunk: y_t = sum_{s<=t} exp(cum_t - cum_s) dt_s (C_t . B_s) x_s. Query heads share their kv head's rows.
     scores = (C.reshape(batch, groups, num_chunks, rep * q, d_state) @ B.mT).view(batch, groups, num_chunks, rep, q, q)
-    log_decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~causal, float("-inf"))
+    seen = causal if borders is None else causal & borders.same
+    log_decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~seen, float("-inf"))
     weights = (scores * (torch.exp(log_decay) * dt[..., None, :])).to(x.dtype)
     y = (weights.view(batch, groups, num_chunks, rep * q, q) @ x).view(batch, groups, num_chunks, rep, q, head_dim)
 
     # What each chunk adds to the state: sum_s exp(total - cum_s) dt_s x_s B_s^T.
-    x_decayed = x[:, :, :, None].to(acc) * (torch.exp(total[..., None] - cum) * dt)[..., None]  # (b, g, c, r, q, p)
+    kept = torch.exp(total[..., None] - cum) * dt
+    since_start, over_chunk = torch.exp(cum), torch.exp(total)
+    if borders is not None:
+        kept = kept.masked_fill(~borders.to_end, 0.0)
+        since_start = since_start.masked_fill(~borders.from_start, 0.0)
+        over_chunk = over_chunk.masked_fill(~borders.through, 0.0)
+    x_decayed = x[:, :, :, None].to(acc) * kept[..., None]  # (b, g, c, r, q, p)
     added = x_decayed.mT.reshape(batch, groups, num_chunks, rep * head_dim, q) @ B.to(acc)
     added = added.view(batch, groups, num_chunks, rep, head_dim, d_state)
 
@@ -71,12 +84,33 @@ def ssd_scan_chunked(
         before = []
         for c in range(num_chunks):
             before.append(state)
-            state = state * torch.exp(total[:, :, c])[..., None, None] + added[:, :, c]
+            state = state * over_chunk[:, :, c, :, None, None] + added[:, :, c]
         carried = torch.stack(before, dim=2)  # (b, g, c, r, p, n)
-        y = y + ((C.to(acc) * torch.exp(cum)[..., None]) @ carried.mT).to(x.dtype)
+        y = y + ((C.to(acc) * since_start[..., None]) @ carried.mT).to(x.dtype)
 
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, num_chunks * q, num_heads, head_dim)
     return y[:, :seqlen], state.reshape(batch, num_heads, head_dim, d_state)
+
+
+class _Borders(NamedTuple):
+    """What the borders of segments let through, bool, shaped to broadcast over (batch, groups, chunks, rep, ...)."""
+
+    same: Tensor  # (b, 1, c, 1, q, q): two tokens of one segment
+    to_end: Tensor  # (b, 1, c, 1, q): from a token to the chunk's end
+    from_start: Tensor  # (b, 1, c, 1, q): from the state before the chunk to a token
+    through: Tensor  # (b, 1, c, 1): from that state to the chunk's end
+
+    @classmethod
+    def of(cls, segment_ids: Tensor, num_chunks: int, q: int) -> _Borders:
+        batch, seqlen = segment_ids.shape
+        if pad := num_chunks * q - seqlen:  # the last segment goes on, so that its state reaches the end
+            segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(batch, pad)], dim=1)
+        ids = segment_ids.view(batch, 1, num_chunks, 1, q)
+        last = ids[..., -1]
+        before = torch.cat([ids[:, :, :1, :, 0], last[:, :, :-1]], dim=2)
+        return cls(
+            ids[..., :, None] == ids[..., None, :], ids == last[..., None], ids == before[..., None], last == before
+        )
 
 
 def _cumsum(steps: Tensor, causal: Tensor) -> Tensor:

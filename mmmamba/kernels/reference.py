@@ -54,7 +54,9 @@ def ssd_scan_ref(
     C: Tensor,
     initial_state: Tensor | None = None,
     *,
+    segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run the SSD recurrence over a sequence, one token after the other.
 
@@ -63,7 +65,10 @@ def ssd_scan_ref(
         A: (num_heads,), negative.                    B: (batch, seqlen, num_kv_heads, d_state).
         C: (batch, seqlen, num_heads, d_state).
         initial_state: (batch, num_heads, head_dim, d_state) in float32, or None for zeros; not changed.
+        segment_ids: (batch, seqlen), whole numbers that never fall along a row, or None for one segment. The state
+            starts anew from zeros where they change; `initial_state` belongs to the segment of the first token.
         chunk_size: unused here; part of the common signature.
+        need_state: False says that the second result will not be read, so it may be left empty; unused here too.
     Returns: y (batch, seqlen, num_heads, head_dim) in the dtype of x, and the state after the last token.
     """
     batch, seqlen, num_heads = dt.shape
@@ -71,5 +76,9 @@ def ssd_scan_ref(
         state = x.new_zeros(batch, num_heads, x.shape[-1], B.shape[-1], dtype=state_dtype(x.dtype))
     else:
         state = initial_state.clone()
-    ys = [ssm_step_ref(x[:, t], dt[:, t], A, B[:, t], C[:, t], state) for t in range(seqlen)]
+    ys = []
+    for t in range(seqlen):
+        if segment_ids is not None and t:
+            state[segment_ids[:, t] != segment_ids[:, t - 1]] = 0
+        ys.append(ssm_step_ref(x[:, t], dt[:, t], A, B[:, t], C[:, t], state))
     return torch.stack(ys, dim=1), state

@@ -28,10 +28,12 @@ def _adapt(scan: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         C: Tensor,
         initial_state: Tensor | None = None,
         *,
+        segment_ids: Tensor | None = None,
         chunk_size: int = 64,
+        need_state: bool = True,
     ) -> tuple[Tensor, Tensor]:
         rep = C.shape[2] // B.shape[2]
-        # The kernel wants x per head and equally many groups in B and C.
+        # The kernel wants x per head and equally many groups in B and C; its initial state goes to segment 0.
         y, state = scan(
             x.repeat_interleave(rep, dim=2),
             dt.float(),
@@ -40,6 +42,7 @@ def _adapt(scan: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             C.contiguous(),
             chunk_size=max(16, 1 << (chunk_size - 1).bit_length()),
             initial_states=initial_state,
+            seq_idx=None if segment_ids is None else (segment_ids - segment_ids[:, :1]).int(),
             return_final_states=True,
         )
         return y.to(x.dtype), state.to(state_dtype(x.dtype))

@@ -1,0 +1,48 @@
+"""Sources of text in pictures and of a user's own files, by the name that a recipe gives them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.data.charts import Charts
+from distill.data.digits import Digits
+from distill.data.fonts import Fonts
+from distill.data.internvl import InternVL
+from distill.data.nlvr import Nlvr
+from distill.data.printed import Printed
+from distill.data.sample import Source, Split
+from distill.data.webdataset import WebDataset
+
+NAMES = (Printed.name, Charts.name, Digits.name, Nlvr.name)
+_OWN = re.compile(r"(internvl|internvl-text|internvl-(\d+)|webdataset):(.+)")
+
+
+def open_named(
+    name: str, split: Split, *, fonts: str | Path | Fonts | None = None, text: Sequence[str | Path] = ()
+) -> Source | None:
+    """The source of this name, or None if it is none of these.
+
+    Args:
+        name: one of `NAMES`; "internvl:META.json" for its lines with one image, "internvl-text:META.json" for those
+            without, "internvl-2:META.json" for those with two, and so on; "webdataset:SHARDS".
+        fonts: a pack of fonts, or where it lies. Only printed text cannot do without.
+        text: folders with the files of NLVR.
+    Raises: ValueError as the sources do.
+    """
+    if name == Printed.name:
+        return Printed(split, fonts=fonts)
+    if name == Charts.name:
+        return Charts(split, fonts=fonts)
+    if name == Digits.name:
+        return Digits(split, fonts=fonts)
+    if name == Nlvr.name:
+        return Nlvr(text, split)
+    own = _OWN.fullmatch(name)
+    if own is None:
+        return None
+    kind, number, path = own.groups()
+    if kind == "webdataset":
+        return WebDataset(path, split, name=name)
+    return InternVL(path, split, num_images=0 if kind == "internvl-text" else int(number or 1), name=name)

@@ -1,0 +1,111 @@
+"""Held-out questions on text, charts, digits and statements: when an answer is right, and how well text is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from distill.data.charts import Charts
+from distill.data.digits import Digits
+from distill.data.errors import character_error_rate
+from distill.data.fonts import Fonts
+from distill.data.nlvr import Nlvr
+from distill.data.printed import Printed
+from distill.data.sample import rng_for
+from distill.data.shapes import NUMBERS
+from mmmamba.conversation import Conversation
+from mmmamba.generate import SamplingParams
+from mmmamba.model import MMMamba
+from mmmamba.tokenizer import Tokenizer
+
+READING_TASKS = ("printed_text", "charts_bar_pie", "digits", "nlvr")
+_LONGEST_REPLY = 60  # tokens; the longest text of `printed_text` takes some 50
+
+
+def reading_questions(
+    task: str,
+    count: int,
+    seed: int = 0,
+    *,
+    fonts: str | Path | Fonts | None = None,
+    nlvr: str | Path | None = None,
+) -> Iterator[tuple[Image.Image, str, str]]:
+    """`count` held-out (picture, question, answer) of one task; the same for the same seed.
+
+    printed_text    "What does it say?" of words, notes and signs: words that are never trained on, in families of fonts
+                    that are not, 16 px and up. Needs fonts.
+    charts_bar_pie  one exact answer from a bar or pie chart: title, value, name or number, larger or not.
+    digits          numbers to read and sums to solve that are never trained on, written or printed.
+    nlvr            true or false, of the hidden statements; at most as many as there are, each asked once. Needs nlvr.
+
+    Raises: ValueError for an unknown task, or what a task needs and lacks.
+    """
+    if task == "printed_text":
+        printed = Printed("val", fonts=fonts)
+        for index in range(count):
+            page, turn = printed.question(seed, index)
+            yield page.image, *turn
+    elif task == "charts_bar_pie":
+        charts = Charts("val", fonts=fonts)
+        for index in range(count):
+            _, sheet, turn = charts.question(seed, index)
+            yield sheet.image, *turn
+    elif task == "digits":
+        digits = Digits("val", fonts=fonts)
+        for index in range(count):
+            _, image, turn = digits.question(seed, index)
+            yield image, *turn
+    elif task == "nlvr":
+        if nlvr is None:
+            raise ValueError("task nlvr needs its statements; pass nlvr= with the folder that holds nlvr_*.jsonl.gz")
+        source = Nlvr(nlvr, "val")
+        numbers = range(len(source.statements))
+        for number in rng_for(task, seed).sample(numbers, min(count, len(numbers))):
+            _, image, turn = source.question(number)
+            yield image, *turn
+    else:
+        raise ValueError(f'task "{task}" is not known; use one of {", ".join(READING_TASKS)}')
+
+
+def reads_right(task: str, predicted: str, answer: str) -> bool:
+    """Whether `predicted` says the same as `answer`.
+
+    * printed_text: the same characters, capitals included, apart from white space and quotation marks around it.
+    * charts_bar_pie, digits: apart from capitals and marks at the ends; a number in digits is as good as in words, and
+      zeros before a number count ("07" is not "7").
+    * nlvr: true is as good as yes, false as no.
+    """
+    if task == "printed_text":
+        return _plain(predicted) == _plain(answer)
+    if task == "nlvr":
+        return _truth(predicted) is not None and _truth(predicted) == _truth(answer)
+    return _said(predicted) == _said(answer)
+
+
+def printed_error_rate(
+    model: MMMamba, tokenizer: Tokenizer, count: int, seed: int = 0, *, fonts: str | Path | Fonts
+) -> float:
+    """Character error rate of greedy replies to the questions of `printed_text`; decodes one after another."""
+    params = SamplingParams(temperature=0, max_new_tokens=_LONGEST_REPLY)
+    readings = []
+    for image, question, answer in reading_questions("printed_text", count, seed, fonts=fonts):
+        events = Conversation(model, tokenizer).ask(question, [image], params)
+        readings.append((_plain("".join(event.text for event in events)), answer))
+    return character_error_rate(readings)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).strip('"“”')
+
+
+def _said(text: str) -> str:
+    text = text.strip().strip('.!?"“”').lower()
+    return str(NUMBERS.index(text)) if text in NUMBERS else text
+
+
+def _truth(text: str) -> bool | None:
+    first = re.match(r"\W*(true|yes|false|no)\b", text.lower())
+    return None if first is None else first[1] in ("true", "yes")
