@@ -41,9 +41,7 @@ class StageConfig:
     text_weight: float = 1.0
     save_minutes: float = 0.0  # keep a checkpoint as often, or every `save_steps` (both 0: only when interrupted)
     save_steps: int = 0
-    activation_checkpointing: bool = (
-        False  # compute a block's activations again in the backward pass (stage 3, teacher)
-    )
+    activation_checkpointing: bool = False  # compute a block again in the backward pass (teacher, stage 3)
     image_answer_tokens: int | None = None  # slots a row for learned tokens; None: as many as there are, no graph then
     text_answer_tokens: int | None = None
     round_from: float = 1.0  # progress from which weights are trained as they will be stored (1: never)

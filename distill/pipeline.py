@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Run:
         return Data(
             self.recipe,
             self.places,
-            load_tokenizer(self.tokenizer),
+            _tokenizer(self.tokenizer),
             model.config,
             workers=self.workers,
             processes=self.processes,
@@ -83,18 +84,18 @@ def train_teacher(run: Run, base: str, out: Path, *, weights: str | None = None)
     facts = run.recipe.facts("teacher") | {"stage": "teacher", "teacher": model.config.fingerprint()}
     store = Checkpoints(out / "stages" / "teacher", facts)
     trained = _train(run, "teacher", stage, data, store)
-    _report(run, model.eval().requires_grad_(False), "teacher", data)
+    model.eval().requires_grad_(False)
+    written = model
     if is_sharded(model.parameters()):
         state = whole(dict(model.state_dict()))
-        if run.processes.is_main:
-            plain = MMMamba(model.config)
-            plain.load_state_dict(state)
-            model = plain
+        written = MMMamba(model.config)
+        written.load_state_dict(state)
     if run.processes.is_main:
-        save_model(model, out)
+        save_model(written, out)
         note = json.dumps(trained._asdict() | {"recipe": run.recipe.name}) + "\n"
         write_whole(finished, lambda file: file.write(note.encode()))
         store.clear()
+    _report(run, model, "teacher", data)
     run.processes.wait()
 
 
@@ -134,11 +135,11 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     store = kept.checkpoints(name, run.recipe.facts(name))
     trained = _train(run, name, stage, data, store)
     tensors = whole_mixers(student)
-    _report(run, student, name, data)
     if run.processes.is_main:
         kept.write(name, tensors)
         store.clear()
         run.say(f"{name}: {trained.steps} steps in {trained.seconds / 60:.1f} minutes, kept in {kept.path(name)}")
+    _report(run, student, name, data)
     run.processes.wait()
 
 
@@ -180,6 +181,9 @@ def run_all(run: Run, teacher_dir: str, out: Path) -> None:
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the last stage's graph held
     export(run, teacher_dir, out)
+
+
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)  # a second to read, the same for all stages
 
 
 def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) -> Trained:

@@ -181,14 +181,15 @@ class _Loop:
                 group["lr"] = peak * factor
 
     def checkpoint(self, facts: dict[str, object], elapsed_s: float) -> Checkpoint:
-        """The state after the last step; all processes must call it."""
+        """The state after the last step; all processes must call it, only the main one's is whole."""
+        needed = self.processes.is_main or is_sharded(self.parameters.values())
         return Checkpoint(
             facts=facts,
             step=self.step,
             elapsed_s=elapsed_s,
             batches=self.batches,
-            parameters=whole({name: p.data for name, p in self.parameters.items()}),
-            optimizers=whole([optimizer.state_dict() for optimizer in self.optimizers]),
+            parameters=whole({name: p.data for name, p in self.parameters.items()}) if needed else {},
+            optimizers=whole([optimizer.state_dict() for optimizer in self.optimizers]) if needed else [],
             rng=self.processes.gather(rng_state()),
         )
 
