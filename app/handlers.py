@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,9 +70,9 @@ class Handlers:
     def _ask(
         self, text: str, files: list[str], request: gr.Request, options: Sequence[Any], frames: int = 1
     ) -> Iterator[Update]:
-        key = _key(request)
+        key = key_of(request)
         note = FORGOTTEN if key in self._opened and self.engine.chats.get(key) is None else ""
-        chat = self._chat(key)
+        chat = self.chat_of(key)
         if files and not text.strip():
             text = ASK_WITHOUT_WORDS
         sampled: list[Frames] = []
@@ -104,8 +103,8 @@ class Handlers:
         yield from self._again(turn_index(edited.index), text, request, options)
 
     def _again(self, index: int, text: str | None, request: gr.Request, options: Sequence[Any]) -> Iterator[Update]:
-        key = _key(request)
-        chat = self._chat(key)
+        key = key_of(request)
+        chat = self.chat_of(key)
         turns = chat.turns
         above = views.messages(chat, index)
         if index < len(turns):
@@ -131,7 +130,7 @@ class Handlers:
         `above` is what stands above the answer. `give_back` opens the box with the message in it, less the image that
         was at fault, after an answer that came to nothing. `note` is shown with a good answer.
         """
-        chat = self._chat(key)
+        chat = self.chat_of(key)
         if chat.busy:
             yield gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY), gr.skip()
             return
@@ -159,16 +158,16 @@ class Handlers:
             return  # the tab is closed
         if now is not chat:
             # Cleared meanwhile. Said once more, as the browser gets this generator's last update after that of `clear`.
-            yield self._all(now, box_open())
+            yield self.everything(now, box_open())
         elif fault:
-            yield self._all(chat, give_back(bad), fault)
+            yield self.everything(chat, give_back(bad), fault)
         else:
             if chat.head is not None and chat.head.reply == reply.text:
                 draw_named(chat.head)
             answer = views.answer(reply.text, chat.head.drawn if chat.head else None)
             yield box_open(), [*above, answer], self._meter(reply.metrics), views.notice(note()), self._branch(chat)
 
-    def _all(self, chat: Chat, box: Any, note: str = "") -> Update:
+    def everything(self, chat: Chat, box: Any, note: str = "") -> Update:
         """Everything as the conversation has it."""
         last = chat.head.metrics if chat.head else Metrics()
         return box, views.messages(chat), self._meter(last), views.notice(note), self._branch(chat)
@@ -180,40 +179,40 @@ class Handlers:
     # Going back and forth
 
     def stop(self, request: gr.Request) -> None:
-        self._chat(_key(request)).stop()
+        self.chat_of(key_of(request)).stop()
 
     def undo(self, undone: gr.UndoData, request: gr.Request) -> Update:
         """Go back to before a message, which returns to the box; what was said stays as a branch."""
-        chat = self._chat(_key(request))
+        chat = self.chat_of(key_of(request))
         turns, index = chat.turns, turn_index(undone.index)
         if chat.busy or not 0 <= index < len(turns):
             return gr.skip(), views.messages(chat), gr.skip(), views.notice(BUSY if chat.busy else ""), gr.skip()
         chat.go_back(index)
-        return self._all(chat, box_open(turns[index].text, [str(image) for image in turns[index].images]))
+        return self.everything(chat, box_open(turns[index].text, [str(image) for image in turns[index].images]))
 
     def pick(self, index: int | None, request: gr.Request) -> Update:
         """Stand at the end of another branch."""
-        chat = self._chat(_key(request))
+        chat = self.chat_of(key_of(request))
         if chat.busy or index is None:
             return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if chat.busy else ""), self._branch(chat)
         chat.go_to(int(index))
-        return self._all(chat, gr.skip())
+        return self.everything(chat, gr.skip())
 
     def clear(self, request: gr.Request) -> Update:
-        return self._all(self.engine.chats.new(_key(request)), box_open("", []))
+        return self.everything(self.engine.chats.new(key_of(request)), box_open("", []))
 
     def forget(self, request: gr.Request) -> None:
         """The tab was closed."""
-        self._opened.discard(_key(request))
-        self.engine.chats.drop(_key(request))
+        self._opened.discard(key_of(request))
+        self.engine.chats.drop(key_of(request))
 
     def opened(self, kept: str | None, request: gr.Request) -> tuple[Any, ...]:
         """A tab was opened: start loading the model, and show what the browser kept. Whoever was quicker and has asked
         something already keeps that."""
-        key = _key(request)
+        key = key_of(request)
         self._opened.add(key)
         self.engine.warm()
-        chat = self._chat(key)
+        chat = self.chat_of(key)
         if chat.busy or chat.turns:
             return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         note = ""
@@ -223,7 +222,7 @@ class Handlers:
                 note = RESTORED if chat.turns else ""
             except (EngineError, ValueError):
                 log.warning("what a browser kept could not be read; it starts anew")
-        _, history, meter, notice, branch = self._all(chat, None, note)
+        _, history, meter, notice, branch = self.everything(chat, None, note)
         return self.status(), history, meter, notice, branch
 
     def tick(self) -> tuple[Any, Any]:
@@ -236,71 +235,8 @@ class Handlers:
     def _meter(self, metrics: Metrics) -> str:
         return views.meter(metrics, self.engine.info)
 
-    def _chat(self, key: Key) -> Chat:
+    def chat_of(self, key: Key) -> Chat:
         return self.engine.chats.get(key) or self.engine.chats.new(key)
-
-    # Keeping and opening
-
-    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str:
-        """What the browser keeps of the conversation: nothing if it is not to, or if it is too large."""
-        chat = self.engine.chats.get(_key(request))
-        if not keep or chat is None:
-            return KEEP_NOTHING
-        return saving.for_browser(chat, self.options.values(options)) or KEEP_NOTHING
-
-    def save(self, how: str, request: gr.Request, *options: Any) -> tuple[Any, Any]:
-        """(download, notice): the conversation as a file."""
-        chat = self._chat(_key(request))
-        try:
-            path = self._file(chat, how, self.options.values(options))
-        except EngineError as error:
-            return gr.skip(), views.notice(str(error))
-        return gr.DownloadButton(value=str(path)), ""
-
-    def _file(self, chat: Chat, how: str, settings: dict[str, Any]) -> Path:
-        if not chat.turns:
-            raise EngineError("There is nothing to save yet: the conversation is empty.")
-        folder = scratch_folder("saved")
-        record = saving.to_dict(chat, settings, self.engine.info)
-        if how == "markdown":
-            path = folder / "conversation.md"
-            path.write_text(saving.to_markdown(chat, f"A conversation with {record['model'] or 'mmMamba'}"), "utf-8")
-        elif how == "state":
-            path = folder / "conversation.mmmamba"
-            self.engine.save_state(
-                chat, lambda info, state: saving.write_with_state(path, saving.to_dict(chat, settings, info), state)
-            )
-        else:
-            path = folder / "conversation.json"
-            path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        return path
-
-    def open(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """(*page, *options): go on with a saved conversation; the one that was there stays if the file cannot be
-        used."""
-        same = [gr.skip()] * len(self.options.NAMES)
-        key = _key(request)
-        chat = self._chat(key)
-        if not file or chat.busy:
-            return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if file else ""), gr.skip(), *same
-        opened = Chat(self.engine.chats.states)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                record, state = saving.read_file(Path(file), Path(folder))
-                settings = saving.fill(opened, record, self.engine.limits)
-                note = "Opened. The next question reads the conversation again, once."
-                if state is not None:
-                    ms = self.engine.adopt_state(opened, state, lambda info: saving.check_model(record, info))
-                    note = f"Opened with its memory in {ms:.0f} ms: nothing has to be read again."
-        except EngineError as error:
-            opened.close()
-            return gr.skip(), gr.skip(), gr.skip(), views.notice(str(error)), gr.skip(), *same
-        except Exception:
-            log.exception("a saved conversation could not be opened")
-            opened.close()
-            return gr.skip(), gr.skip(), gr.skip(), views.notice(UNEXPECTED), gr.skip(), *same
-        self.engine.chats.put(key, opened)
-        return *self._all(opened, box_open("", []), note), *self.options.restore(settings)
 
     # The model
 
@@ -400,5 +336,5 @@ def _assistant(text: str) -> views.Message:
     return {"role": "assistant", "content": text}
 
 
-def _key(request: gr.Request) -> Key:
+def key_of(request: gr.Request) -> Key:
     return "tab", str(request.session_hash)

@@ -13,6 +13,7 @@ from app.backend import DTYPES
 from app.chat import Metrics
 from app.engine import Engine, Limits, Settings
 from app.handlers import KEEP_NOTHING, Handlers, box_open
+from app.keeping import Keeping
 from app.models import TEACHERS, sides_of
 from app.options import Options
 from app.theme import CSS_PATH, theme
@@ -102,7 +103,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
 
 def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTML) -> list[Any]:
     """The tab of the chat; returns the components of the options."""
-    limits = handlers.engine.limits
+    limits, keeping = handlers.engine.limits, Keeping(handlers)
     with gr.Column(scale=5, min_width=320, elem_id="talk"):
         # Not inside an accordion: what is folded away is not there for the browser, and would keep nothing. The secret
         # is none: it is the visitor's own conversation on their own machine.
@@ -148,7 +149,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
             camera = gr.Image(type="filepath", sources=["webcam"], label="Camera", height=220)
             use = gr.Button("Put it into the message", elem_id="camera-use")
         with gr.Accordion("Save and open", open=False, elem_id="keep"):
-            keep = _keeping(handlers, [box, chat, meter, notice, branch], inputs, store)
+            keep = _keeping(keeping, [box, chat, meter, notice, branch], inputs, store)
         if page.switch:
             with gr.Accordion("Model", open=False, elem_id="switch"):
                 _switching(handlers, status, notice)
@@ -163,7 +164,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         answers.append(button.click(handlers.example(question, [str(EXAMPLES_DIR / name)]), inputs, shown, **PRIVATE))
     for answer in answers:
         answer.success(None, js=FOCUS, **PRIVATE)
-        answer.success(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+        answer.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
     box.stop(handlers.stop, queue=False, **PRIVATE)
     for event in (clear.click, chat.clear):
         event(handlers.clear, None, shown, queue=False, **PRIVATE).success(
@@ -174,7 +175,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         branch.input(handlers.pick, branch, shown, queue=False, **PRIVATE),
     ]
     for event in back:
-        event.success(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+        event.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
     use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
     demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
     demo.load(None, js=ON_LOAD, **PRIVATE)
@@ -187,7 +188,7 @@ def _example_ids() -> list[str]:
     return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
 
 
-def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any], store: gr.BrowserState) -> gr.Checkbox:
+def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], store: gr.BrowserState) -> gr.Checkbox:
     """Files of the conversation, and what the browser keeps of it."""
     notice = shown[3]
     how = gr.Radio(
@@ -203,9 +204,9 @@ def _keeping(handlers: Handlers, shown: list[Any], inputs: list[Any], store: gr.
     keep = gr.Checkbox(
         True, label="Keep it in this browser", info="For a reload; New chat forgets it", elem_id="remember"
     )
-    save.click(handlers.save, [how, *inputs], [download, notice], **PRIVATE).success(None, js=DOWNLOAD, **PRIVATE)
-    opened.upload(handlers.open, opened, [*shown, *inputs], **PRIVATE)
-    keep.input(handlers.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    save.click(keeping.save, [how, *inputs], [download, notice], **PRIVATE).success(None, js=DOWNLOAD, **PRIVATE)
+    opened.upload(keeping.open, opened, [*shown, *inputs], **PRIVATE)
+    keep.input(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
     return keep
 
 

@@ -27,9 +27,9 @@ from mmmamba.config import ModelConfig
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
 from mmmamba.memory import current_memory_bytes, peak_memory_bytes, reset_peak_memory, synchronize
 from mmmamba.model import MMMamba
-from mmmamba.prompt import encode_reply, encode_user_turn
+from mmmamba.prompt import encode_user_turn
 from mmmamba.state import DecodeState
-from mmmamba.talk import talk
+from mmmamba.talk import TalkIds
 from mmmamba.tokenizer import Tokenizer
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 103_000)
@@ -163,7 +163,7 @@ class Sweep:
         self.pixel_values = pixel_values
         self.question = QUESTION if pixel_values is None else IMAGE_QUESTION
         self._piece = CPU_PIECE if model.device.type == "cpu" else GPU_PIECE
-        self._text = _Text(tokenizer, model.config, pixel_values)
+        self._text = TalkIds(tokenizer, model.config, pixel_values)
         self._state = model.new_state()
         self._spent_s = 0.0
         self._pieces: list[tuple[int, float]] = []  # (context in the middle, seconds a token) of every piece read
@@ -383,48 +383,3 @@ def _likeliest(logits: Tensor, config: ModelConfig) -> Tensor:
     logits = logits.clone()
     logits[:, config.embedding.img_context_token_id] = float("-inf")  # it would ask for a tile
     return logits.argmax(dim=-1)
-
-
-class _Text:
-    """The conversation that fills the context, as ids without end, cut where the reader wants."""
-
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, pixel_values: Tensor | None) -> None:
-        self.tokenizer, self.config, self.pixel_values = tokenizer, config, pixel_values
-        self.images = 0
-        self._talk = talk()
-        self._rest: list[int] = []
-        self._first = True
-        pixels = b"" if pixel_values is None else pixel_values.numpy().tobytes()
-        sample = str(self._turn("?", "!", False)).encode()
-        self.digest = hashlib.sha256(repr(next(talk())).encode() + sample + pixels).hexdigest()
-
-    def take(self, count: int) -> tuple[list[int], Tensor | None]:
-        """The next `count` ids, and the tiles of the pictures that begin among them."""
-        images = 0
-        while len(self._rest) < count:
-            question, answer = next(self._talk)
-            # A picture's tokens must not be cut: it comes only where the whole turn fits.
-            with_image = self._turn(question, answer, True) if self.pixel_values is not None else None
-            if with_image is not None and len(self._rest) + len(with_image) <= count:
-                self._rest += with_image
-                images += 1
-                self.images += 1
-            else:
-                self._rest += self._turn(question, answer, False)
-            self._first = False
-        ids, self._rest = self._rest[:count], self._rest[count:]
-        tiles = None if not images or self.pixel_values is None else self.pixel_values.repeat(images, 1, 1, 1)
-        return ids, tiles
-
-    def skip(self, count: int, piece: int) -> None:
-        """Go on as if `count` ids had been taken in pieces."""
-        while count:
-            self.take(min(piece, count))
-            count -= min(piece, count)
-
-    def _turn(self, question: str, answer: str, with_image: bool) -> list[int]:
-        tiles = [len(self.pixel_values)] if with_image and self.pixel_values is not None else []
-        asked = encode_user_turn(
-            self.tokenizer, self.config, question, tiles, first=self._first, images_before=self.images
-        )
-        return asked + encode_reply(self.tokenizer, answer)

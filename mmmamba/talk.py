@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import cycle
+
+from torch import Tensor
+
+from mmmamba.config import ModelConfig
+from mmmamba.prompt import encode_reply, encode_user_turn
+from mmmamba.tokenizer import Tokenizer
 
 TALK = (
     ("Good morning! How are you today?", "Good morning! I am well, thank you. What would you like to talk about?"),
@@ -65,3 +72,48 @@ TALK = (
 def talk() -> Iterator[tuple[str, str]]:
     """Questions and answers without end."""
     return cycle(TALK)
+
+
+class TalkIds:
+    """The conversation that fills the context, as ids without end, cut where the reader wants."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, pixel_values: Tensor | None) -> None:
+        self.tokenizer, self.config, self.pixel_values = tokenizer, config, pixel_values
+        self.images = 0
+        self._talk = talk()
+        self._rest: list[int] = []
+        self._first = True
+        pixels = b"" if pixel_values is None else pixel_values.numpy().tobytes()
+        sample = str(self._turn("?", "!", False)).encode()
+        self.digest = hashlib.sha256(repr(next(talk())).encode() + sample + pixels).hexdigest()
+
+    def take(self, count: int) -> tuple[list[int], Tensor | None]:
+        """The next `count` ids, and the tiles of the pictures that begin among them."""
+        images = 0
+        while len(self._rest) < count:
+            question, answer = next(self._talk)
+            # A picture's tokens must not be cut: it comes only where the whole turn fits.
+            with_image = self._turn(question, answer, True) if self.pixel_values is not None else None
+            if with_image is not None and len(self._rest) + len(with_image) <= count:
+                self._rest += with_image
+                images += 1
+                self.images += 1
+            else:
+                self._rest += self._turn(question, answer, False)
+            self._first = False
+        ids, self._rest = self._rest[:count], self._rest[count:]
+        tiles = None if not images or self.pixel_values is None else self.pixel_values.repeat(images, 1, 1, 1)
+        return ids, tiles
+
+    def skip(self, count: int, piece: int) -> None:
+        """Go on as if `count` ids had been taken in pieces."""
+        while count:
+            self.take(min(piece, count))
+            count -= min(piece, count)
+
+    def _turn(self, question: str, answer: str, with_image: bool) -> list[int]:
+        tiles = [len(self.pixel_values)] if with_image and self.pixel_values is not None else []
+        asked = encode_user_turn(
+            self.tokenizer, self.config, question, tiles, first=self._first, images_before=self.images
+        )
+        return asked + encode_reply(self.tokenizer, answer)

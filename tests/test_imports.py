@@ -39,7 +39,7 @@ BESIDE = {
     "conversation": {"generate", "image", "model", "prompt", "tokenizer"},
     "place": set(),
     "memory": set(),
-    "talk": set(),
+    "talk": {"config", "prompt", "tokenizer"},
     "chart": set(),
     "sweep": {"chart", "config", "cost", "generate", "memory", "model", "prompt", "state", "talk", "tokenizer"},
     "cli": {"checkpoint", "conversation", "generate", "image", "info", "place"},

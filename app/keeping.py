@@ -1,0 +1,87 @@
+"""What the chat's events of keeping do: the browser's copy, files out, files in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import saving, views
+from app.chat import Chat
+from app.engine import EngineError
+from app.handlers import BUSY, KEEP_NOTHING, UNEXPECTED, Handlers, box_open, key_of
+from app.scratch import scratch_folder
+
+log = logging.getLogger(__name__)
+
+
+class Keeping:
+    """Events beside those of `Handlers`, over the same conversations."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str:
+        """What the browser keeps of the conversation: nothing if it is not to, or if it is too large."""
+        chat = self.handlers.engine.chats.get(key_of(request))
+        if not keep or chat is None:
+            return KEEP_NOTHING
+        return saving.for_browser(chat, self.handlers.options.values(options)) or KEEP_NOTHING
+
+    def save(self, how: str, request: gr.Request, *options: Any) -> tuple[Any, Any]:
+        """(download, notice): the conversation as a file."""
+        chat = self.handlers.chat_of(key_of(request))
+        try:
+            path = self._file(chat, how, self.handlers.options.values(options))
+        except EngineError as error:
+            return gr.skip(), views.notice(str(error))
+        return gr.DownloadButton(value=str(path)), ""
+
+    def _file(self, chat: Chat, how: str, settings: dict[str, Any]) -> Path:
+        if not chat.turns:
+            raise EngineError("There is nothing to save yet: the conversation is empty.")
+        folder = scratch_folder("saved")
+        record = saving.to_dict(chat, settings, self.handlers.engine.info)
+        if how == "markdown":
+            path = folder / "conversation.md"
+            path.write_text(saving.to_markdown(chat, f"A conversation with {record['model'] or 'mmMamba'}"), "utf-8")
+        elif how == "state":
+            path = folder / "conversation.mmmamba"
+            self.handlers.engine.save_state(
+                chat, lambda info, state: saving.write_with_state(path, saving.to_dict(chat, settings, info), state)
+            )
+        else:
+            path = folder / "conversation.json"
+            path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        return path
+
+    def open(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """(*page, *options): go on with a saved conversation; the one that was there stays if the file cannot be
+        used."""
+        same = [gr.skip()] * len(self.handlers.options.NAMES)
+        key = key_of(request)
+        chat = self.handlers.chat_of(key)
+        if not file or chat.busy:
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if file else ""), gr.skip(), *same
+        opened = Chat(self.handlers.engine.chats.states)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                record, state = saving.read_file(Path(file), Path(folder))
+                settings = saving.fill(opened, record, self.handlers.engine.limits)
+                note = "Opened. The next question reads the conversation again, once."
+                if state is not None:
+                    ms = self.handlers.engine.adopt_state(opened, state, lambda info: saving.check_model(record, info))
+                    note = f"Opened with its memory in {ms:.0f} ms: nothing has to be read again."
+        except EngineError as error:
+            opened.close()
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(str(error)), gr.skip(), *same
+        except Exception:
+            log.exception("a saved conversation could not be opened")
+            opened.close()
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(UNEXPECTED), gr.skip(), *same
+        self.handlers.engine.chats.put(key, opened)
+        return *self.handlers.everything(opened, box_open("", []), note), *self.handlers.options.restore(settings)
