@@ -199,7 +199,8 @@ class Handlers:
         return self.everything(chat, gr.skip())
 
     def clear(self, request: gr.Request) -> Update:
-        return self.everything(self.engine.chats.new(key_of(request)), box_open("", []))
+        # What stands in the box stays: it may have been typed since the click.
+        return self.everything(self.engine.chats.new(key_of(request)), box_open())
 
     def forget(self, request: gr.Request) -> None:
         """The tab was closed."""
