@@ -4,6 +4,7 @@ an offset a group. Loading turns them back into plain tensors."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ class PackedSpec:
                 f"group_size={self.group_size} does not divide rows of {self.shape[-1]} (or is no multiple of 4); "
                 "use 32 or 64, or store the tensor whole"
             )
+
+
+class PackedWeight(NamedTuple):
+    """A weight as it is stored: qweight uint8 flat, scales and zeros float16, one a group."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    spec: PackedSpec
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        return unpack(self.qweight, self.scales, self.zeros, self.spec, dtype)
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
