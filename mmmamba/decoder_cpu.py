@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mmmamba.kernels.native import Linear, load_native, native_linear, refusal_of
-from mmmamba.mixer import Mamba2Mixer
+from mmmamba.mixer import GATE_NORM_EPS, Mamba2Mixer
 from mmmamba.model import Block, MMMamba
 from mmmamba.packing import PackedWeight
 from mmmamba.state import DecodeState, MambaState
@@ -27,7 +28,7 @@ class _Layer(ctypes.Structure):
         *((name, Linear) for name in ("in_proj", "out_proj", "w1", "w3", "w2")),
         *((name, ctypes.c_void_p) for name in ("mixer_norm", "mlp_norm", "gate_norm")),
         *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "a_log", "dt_bias")),
-        ("norm_eps", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("norm_eps", "gate_eps")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
     )
 
@@ -47,7 +48,8 @@ class Unsupported(ValueError):
 
 
 class CpuDecoder:
-    """Addresses of a model's weights, in the form that the library reads; the weights are not copied."""
+    """Addresses of a model's weights, in the form that the library reads. The large ones are not copied; norms and the
+    like are, if they are not in float32."""
 
     def __init__(self, model: MMMamba, lib: ctypes.CDLL) -> None:
         self._model, self._lib = model.embedding, lib
@@ -55,6 +57,7 @@ class CpuDecoder:
         self._fingerprint = model.config.fingerprint()
         self._image_id = model.config.embedding.img_context_token_id
         self._kept: list[object] = []  # what the addresses below point to
+        self._copied: list[Tensor] = []  # what was converted to float32
         blocks = [*model.embedding.layers, *model.language.layers]
         layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
         head = self._linear(model.language.output)
@@ -73,6 +76,14 @@ class CpuDecoder:
             head=head,
         )
         self._kept.append(layers)
+        self._versions = self._versions_now()
+
+    def is_current(self) -> bool:
+        """Whether nothing was written to tensors that this decoder holds a copy of."""
+        return self._versions == self._versions_now()
+
+    def _versions_now(self) -> int:
+        return sum(t._version for t in self._copied)
 
     def fits(self, token: Tensor, state: DecodeState) -> bool:
         """Whether this call can be made here: one row of text, and a state that is this model's."""
@@ -134,6 +145,7 @@ class CpuDecoder:
             a_log=self._floats(mixer.A_log),
             dt_bias=self._floats(mixer.dt_bias),
             norm_eps=block.mixer_norm.eps,
+            gate_eps=GATE_NORM_EPS,
             num_heads=mixer.num_heads,
             num_kv_heads=mixer.num_kv_heads,
             head_dim=mixer.head_dim,
@@ -146,6 +158,8 @@ class CpuDecoder:
 
     def _floats(self, tensor: Tensor) -> int:
         floats = tensor.detach().float().contiguous()
+        if floats.data_ptr() != tensor.data_ptr() and not tensor.is_inference():  # those cannot be written to
+            self._copied.append(tensor)
         self._kept.append(floats)
         return floats.data_ptr()
 
@@ -189,25 +203,34 @@ def _linears(model: MMMamba) -> list[nn.Module]:
     return [*inner, model.language.output]
 
 
-_chosen: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], CpuDecoder | None]] = WeakKeyDictionary()
+class _Choice(NamedTuple):
+    """`made_for`: layers, and the address and dtype of a weight, that tell whether the model is still the same."""
+
+    made_for: tuple[object, ...]
+    decoder: CpuDecoder | None
+
+
+_choices: WeakKeyDictionary[nn.Module, _Choice] = WeakKeyDictionary()
 
 
 def decoder_for(model: object) -> CpuDecoder | None:
     """The decoder of a model, or None where the plain path is to be taken. Made on first use, and again when the
     model has other weights; models that train take the plain path."""
-    if not isinstance(model, MMMamba) or model.training:
+    if not isinstance(model, MMMamba):
         return None
-    probe, head = model.language.norm.weight, model.language.output
-    if probe.device.type != "cpu" or probe.requires_grad:
+    probe = model.language.norm.weight
+    if model.training or probe.requires_grad or probe.device.type != "cpu":
+        _choices.pop(model, None)  # it would keep the weights that the model had
         return None
-    # Weights that were moved, converted or quantized lie elsewhere; a copy into float32 ones is seen without this.
-    key = (id(head), id(model.language.layers[0].get_submodule("mlp.w1")), probe.data_ptr(), model.dtype)
-    known = _chosen.get(model)
-    if known is None or known[0] != key:
+    # Weights that were moved, converted or quantized lie elsewhere; those written to are read where they lie.
+    layers = model.language.output, model.language.layers[0].get_submodule("mlp.w1")
+    made_for = *layers, probe.data_ptr(), probe.dtype
+    choice = _choices.get(model)
+    if choice is None or choice.made_for != made_for or not (choice.decoder is None or choice.decoder.is_current()):
         try:
             decoder, reason = make_cpu_decoder(model), ""
         except Unsupported as error:
             decoder, reason = None, str(error)
         log.info("decoder: %s", f"plain ({reason})" if decoder is None else "one call a token (decode_cpu.c)")
-        known = _chosen[model] = key, decoder
-    return known[1]
+        choice = _choices[model] = _Choice(made_for, decoder)
+    return choice.decoder

@@ -23,6 +23,7 @@ from mmmamba.packing import PackedSpec, PackedWeight, pack
 from quantize import quantize_
 from quantize.linear import packed_linear
 from tests.helpers import (
+    TOLERANCE,
     assert_near,
     counts,
     filled_tensors,
@@ -38,8 +39,9 @@ LIB, REASON = native.load_native()
 needs_library = pytest.mark.skipif(LIB is None, reason=f"no library: {REASON}")
 
 # Errors of logits and states against float64, as multiples of those of the plain path: the random models amplify
-# roundings a hundredfold, so only the comparison says something. Float weights are as exact as in torch; integer ones,
-# whose activations are rounded to 16 bits, at least ten times as exact as the plain path in bfloat16.
+# roundings a hundredfold, so only the comparison says something. Float weights are as exact as in torch, or within what
+# two right computations in float32 may differ by; integer ones, whose activations are rounded to 16 bits, at least ten
+# times as exact as the plain path in bfloat16.
 AS_EXACT, TEN_TIMES = 2.0, 0.1
 
 
@@ -75,11 +77,12 @@ def compare(model: MMMamba, steps: int, *, yardstick: torch.dtype | None = None,
         assert decoder.fits(token.view(1), states[0])
         errors.append(relative_error(decoder.decode_one_token(token.view(1), states[0]), wanted))
         plain_errors.append(relative_error(plain, wanted))
-    assert sum(errors) <= factor * sum(plain_errors), f"{errors} against {plain_errors}"
+    floor = TOLERANCE[torch.float32]
+    assert sum(errors) <= factor * sum(plain_errors) + steps * floor, f"{errors} against {plain_errors}"
     assert counts(states[0]) == counts(states[1])
     ours, wanted_state, theirs = (filled_tensors(state) for state in states)
     for name, tensor in wanted_state.items():
-        assert_near(name, ours[name], tensor, factor * relative_error(theirs[name], tensor) + 1e-6)
+        assert_near(name, ours[name], tensor, factor * relative_error(theirs[name], tensor) + floor)
 
 
 @needs_library
@@ -197,9 +200,16 @@ def test_new_weights_are_seen() -> None:
     with torch.no_grad():
         model.language.norm.weight.mul_(2)
     assert_near("scaled", decode_one_token(model, token, model.new_state()), 2 * before, 1e-5)
+    model.bfloat16()
+    decode_one_token(model, token, model.new_state())
+    with torch.no_grad():
+        model.embedding.layers[0].mixer.conv.weight.mul_(-2)  # read as a copy in float32
+    assert_near("written", decode_one_token(model, token, model.new_state()), model(token.view(1, 1))[:, -1], 2e-2)
+    model.float()
+    before = decode_one_token(model, token, model.new_state())
     quantize_(model, "int8")
     after = decode_one_token(model, token, model.new_state())
-    assert not torch.equal(after, 2 * before)
+    assert not torch.equal(after, before)
     assert_near("quantized", after, model(token.view(1, 1))[:, -1], 2e-2)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from distill.convert import fuse_, make_student
 from distill.rounding import rounded, storage_spec
 from mmmamba.bundle import save_bundle
-from mmmamba.checkpoint import INDEX, PACKED_METADATA, CheckpointError, load_model
+from mmmamba.checkpoint import CheckpointError, load_model
 from mmmamba.model import MMMamba
 from mmmamba.packing import BITS, PackedSpec, dequantize, pack, pack_bits, quantize, unpack, unpack_bits
+from mmmamba.stored import INDEX, PACKED_METADATA
 from tests.helpers import random_ids, random_model, random_tiles, tiny_raw
 
 bits_of = pytest.mark.parametrize("bits", BITS)

@@ -23,6 +23,7 @@ from torch import Tensor
 from mmmamba.packing import PackedWeight
 
 SOURCE = Path(__file__).parent / "csrc" / "decode_cpu.c"
+INCLUDED = [SOURCE.with_name(name) for name in ("numbers.h", "product.h", "team.h")]
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 COMPILERS = ("cc", "gcc", "clang")
@@ -52,7 +53,7 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
     if not reason:
         try:
             lib = ctypes.CDLL(str(build()))
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
             reason = f"building it failed ({_first_line(error)})"
     if lib is None:
         log.info("CPU kernels: torch alone, since %s", reason)
@@ -61,7 +62,7 @@ def load_native() -> tuple[ctypes.CDLL | None, str]:
     lib.mmmamba_step.argtypes = [pointer, pointer, pointer, pointer, integer, pointer, integer]
     lib.mmmamba_step.restype = integer
     lib.mmmamba_product.argtypes = [pointer, pointer, integer, pointer, integer]
-    lib.mmmamba_product.restype = None
+    lib.mmmamba_product.restype = integer
     lib.mmmamba_unpack.argtypes = [pointer, pointer, integer]
     lib.mmmamba_unpack.restype = None
     log.info("CPU kernels: %s, built here", SOURCE.name)
@@ -86,14 +87,15 @@ def _compiler() -> str | None:
 def build(*extra_flags: str) -> Path:
     """Compile the source unless that was done before for this machine; returns the library's path.
 
-    Raises: OSError or subprocess.SubprocessError if it cannot be compiled or written.
+    Raises: OSError or subprocess.SubprocessError if it cannot be compiled or written, RuntimeError if there is no home.
     """
     compiler = _compiler()
     if compiler is None:
         raise OSError(f"no C compiler found; install one of {', '.join(COMPILERS)}")
     flags = (*FLAGS, *extra_flags)
     # A home may be shared by machines whose processors differ: what one was built for may not run on the other.
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), compiler, *flags, _processor()])
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *INCLUDED)]
+    key = "\n".join([*sources, compiler, *flags, _processor()])
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmmamba"
     library = directory / f"decode_cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
@@ -154,7 +156,8 @@ def product(lib: ctypes.CDLL, weight: PackedWeight, x: Tensor) -> Tensor:
     x = x.float().contiguous()
     y = torch.empty(len(x), weight.spec.shape[0])
     linear = native_linear(weight)
-    lib.mmmamba_product(ctypes.byref(linear), x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
+    if lib.mmmamba_product(ctypes.byref(linear), x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads()):
+        raise MemoryError("no memory for the buffers of a product")
     return y
 
 
