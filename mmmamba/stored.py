@@ -163,7 +163,21 @@ def _open(path: Path, stack: ExitStack) -> tuple[dict[str, _Stored], str | None]
         f = stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short, fetch it again") from error
-    metadata = f.metadata() or {}
+    try:
+        specs, scheme = _read_metadata(f.metadata() or {})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} has metadata that cannot be read ({error!r}); fetch it again, or use the version that wrote it"
+        ) from error
+    entries = {name: _Stored(f, name, spec) for name, spec in specs.items()}
+    taken = {part for entry in entries.values() for part in entry.parts()}
+    entries |= {name: _Stored(f, name, None) for name in set(f.keys()) - taken}
+    if absent := taken - set(f.keys()):
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(absent))}, which its metadata names; fetch it again")
+    return entries, scheme
+
+
+def _read_metadata(metadata: dict[str, str]) -> tuple[dict[str, PackedSpec | _ForeignSpec], str | None]:
     quantized = json.loads(metadata.get(QUANTIZED_METADATA, "{}"))
     specs: dict[str, PackedSpec | _ForeignSpec] = {
         name: PackedSpec(spec["bits"], spec["group_size"], tuple(spec["shape"]))
@@ -171,10 +185,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[dict[str, _Stored], str | None]
     }
     for name, spec in quantized.get("foreign", {}).items():
         specs[name] = _ForeignSpec(tuple(spec["shape"]), tuple(spec["parts"]))
-    entries = {name: _Stored(f, name, spec) for name, spec in specs.items()}
-    taken = {part for entry in entries.values() for part in entry.parts()}
-    entries |= {name: _Stored(f, name, None) for name in set(f.keys()) - taken}
-    return entries, quantized.get("scheme")
+    return specs, quantized.get("scheme")
 
 
 def _part_order(stored_name: str) -> tuple[str, int]:

@@ -6,6 +6,11 @@ scales would be saved: so a layer is made from stored tensors by its own constru
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +18,8 @@ from torch import Tensor, nn
 
 OUTLIER_THRESHOLD = 6.0  # of LLM.int8(), arXiv:2208.07339
 BLOCK = 64  # weights to a scale in NF4, arXiv:2305.14314
+# What it warns of at every product, or that it does not fetch code from a hub.
+NOISE = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
 NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
 INT8_PARTS = ("weight", "SCB")
 
@@ -22,16 +29,37 @@ def parts_of(scheme: str) -> tuple[str, ...]:
     return NF4_PARTS if scheme == "bnb-nf4" else INT8_PARTS
 
 
+@cache
 def import_bitsandbytes() -> Any:
     """Raises: ValueError with the way out if it cannot be imported."""
+    quiet = logging.Filter()
+    quiet.filter = lambda record: not record.getMessage().startswith(NOISE)  # type: ignore[method-assign]
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(quiet)
     try:
-        import bitsandbytes
+        with _without_kernel_downloads():
+            import bitsandbytes
     except Exception as error:  # its import loads compiled libraries, which fail in ways of their own
         raise ValueError(
             f"bitsandbytes cannot be imported ({type(error).__name__}: {error}); install it with "
             '"pip install bitsandbytes", or use the schemes int8 or int4, which need nothing'
         ) from error
     return bitsandbytes
+
+
+@contextmanager
+def _without_kernel_downloads() -> Iterator[None]:
+    """On some processors its import fetches compiled code from a hub by the package `kernels`, if that is installed.
+    No code from a hub is run here: inside, that package cannot be imported."""
+    known = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if known is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = known
 
 
 def is_bnb(module: nn.Module) -> bool:
@@ -60,7 +88,11 @@ def from_parts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The layer whose `to_parts` these are."""
+    """The layer whose `to_parts` these are.  Raises: ValueError if some are missing."""
+    if set(parts) != set(parts_of(scheme)):
+        raise ValueError(
+            f"a {scheme} weight has parts {', '.join(sorted(parts))}; expected {', '.join(parts_of(scheme))}"
+        )
     nn_bnb = import_bitsandbytes().nn
     layer = _empty(scheme, shape, bias, device, dtype)
     if scheme == "bnb-nf4":

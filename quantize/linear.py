@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmamba.kernels.native import load_native, product, refusal_of, unpack
+from mmmamba.kernels.native import load_native, refusal_of, unpack
+from mmmamba.kernels.native import product as native_product
 from mmmamba.packing import PackedSpec, PackedWeight, dequantize, unpack_bits
+from quantize.torch_products import Product, torch_product
 
 FEW_ROWS = 4  # up to here the weight is cheaper to read packed, once a row, than to unpack
 
@@ -23,7 +25,8 @@ log = logging.getLogger(__name__)
 class PackedLinear(nn.Module):
     """y = x W^T + bias with W packed; `qweight` uint8 flat, `scales` and `zeros` float16, one a group.
 
-    The slow, obvious path unpacks W in the dtype of x on any device; `_library` says where there is a faster one.
+    The slow, obvious path unpacks W in the dtype of x, some rows at a time, on any device. On a CPU few rows of x are
+    multiplied without that: by our C (`mmmamba.kernels.native`), or by torch's own kernels where that cannot be built.
     """
 
     bits: ClassVar[int]
@@ -39,7 +42,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.spec.shape
         for name in ("qweight", "scales", "zeros"):
             self.register_buffer(name, getattr(weight, name))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._torch_product: Product | None = None
 
     def packed_weight(self) -> PackedWeight:
         return PackedWeight(self.qweight, self.scales, self.zeros, self.spec)
@@ -51,16 +55,28 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        lib = _library(x.device.type, x.dtype, refusal_of(self.packed_weight()))
-        if lib is None or len(rows) > FEW_ROWS:
+        product = self._product_for(x) if 0 < len(rows) <= FEW_ROWS else None
+        if product is None:
             return F.linear(x, self.weight_as(x.dtype), self.bias)
-        y = product(lib, self.packed_weight(), rows).to(x.dtype).view(*x.shape[:-1], -1)
+        y = product(rows).to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+    def _product_for(self, x: Tensor) -> Product | None:
+        weight = self.packed_weight()
+        lib = _library(x.device.type, x.dtype, refusal_of(weight))
+        if lib is not None:
+            return partial(native_product, lib, weight)
+        if x.device.type != "cpu" or x.dtype == torch.float64:  # float64 is for references
+            return None
+        if self._torch_product is None:
+            self._torch_product = torch_product(weight)
+        return self._torch_product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # To another device with everything; but narrower scales would be other weights.
         scales, zeros = self.scales, self.zeros
         super()._apply(fn, recurse)
+        self._torch_product = None  # made from the tensors that were here
         self.scales, self.zeros = scales.to(self.qweight.device), zeros.to(self.qweight.device)
         return self
 
@@ -92,22 +108,23 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 to (..., embedding_dim) in the dtype that the model was last converted to."""
         spec, flat = self.table.spec, ids.flatten()
+        groups = len(flat) * (self.embedding_dim // spec.group_size)
         bits = self.table.qweight.view(self.num_embeddings, -1)[flat].flatten()
-        q = unpack_bits(bits, spec.bits).view(-1, spec.group_size)
+        q = unpack_bits(bits, spec.bits).view(groups, spec.group_size)
         scales, zeros = (t.view(self.num_embeddings, -1)[flat].flatten() for t in (self.table.scales, self.table.zeros))
         rows = PackedSpec(spec.bits, spec.group_size, (len(flat), self.embedding_dim))
         dtype = self.get_buffer("like").dtype
-        return dequantize(q, scales, zeros, rows, dtype).view(*ids.shape, -1)
+        return dequantize(q, scales, zeros, rows, dtype).view(*ids.shape, self.embedding_dim)
 
 
 def _library(device_type: str, dtype: torch.dtype, refusal: str) -> ctypes.CDLL | None:
-    """The one place that decides between C and torch; says once what and why."""
+    """The C library where it can be used, else None; says once which and why."""
     if device_type != "cpu":
         refusal = f"the device is {device_type}"
     elif dtype not in (torch.float32, torch.bfloat16):
         refusal = f"activations are {dtype}"
     lib, reason = load_native() if not refusal else (None, refusal)
-    _say(f"torch, which unpacks them ({reason})" if lib is None else "C, as they are stored")
+    _say(f"torch ({reason})" if lib is None else "C, as they are stored")
     return lib
 
 
