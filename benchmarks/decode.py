@@ -12,7 +12,6 @@ go to benchmarks/results/decode-<device>.json.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import sys
@@ -20,14 +19,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, report
+from benchmarks import llama_cpp, machine, report
 from benchmarks.report import Record
 from mmmamba import ModelInputs, cost, decode_one_token, load_model, prefill
 from mmmamba.checkpoint import read_config, resolve_checkpoint
@@ -129,43 +127,6 @@ class TransformersSide:
 
     def cache_bytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers if layer.is_initialized)
-
-    def traffic_bytes(self) -> int:
-        return self.cache_bytes()
-
-
-class LlamaCppSide:
-    """SmolLM2-135M in llama.cpp (package `llama-cpp-python`, optional) from a GGUF file, one conversation."""
-
-    # Keys and values of 30 layers, 3 heads of 64, in float16.
-    KV_BYTES = 2 * 30 * 3 * 64 * 2
-
-    def __init__(self, path: Path, max_context: int, piece_size: int) -> None:
-        from llama_cpp import Llama
-
-        threads = torch.get_num_threads()
-        self.model: Any = Llama(
-            str(path), n_ctx=max_context, n_batch=piece_size, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self.name, self.weights = f"llama.cpp {path.stem}", "checkpoint"
-        size = path.stat().st_size
-        self.weight_bytes = cost.WeightCount(size, size)  # the table is the head too
-
-    def read(self, ids: Tensor) -> None:
-        self.model.eval(ids[0].tolist())
-
-    def step(self, token: Tensor) -> Tensor:
-        import llama_cpp
-
-        self.model.eval(token.tolist())
-        logits = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)
-        row = torch.frombuffer(
-            (ctypes.c_float * self.model.n_vocab()).from_address(ctypes.addressof(logits.contents)), dtype=torch.float32
-        )
-        return row.argmax()[None]
-
-    def cache_bytes(self) -> int:
-        return int(self.model.n_tokens) * self.KV_BYTES
 
     def traffic_bytes(self) -> int:
         return self.cache_bytes()
@@ -351,11 +312,10 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 f"--contexts {longer} leaves no room: the first must be above {2 * WARM_UP_STEPS}, the others "
                 f"more than --steps + {WARM_UP_STEPS} apart"
             )
-    if args.gguf is not None:
-        if not args.gguf.is_file() or args.device != "cpu" or args.batch != 1:
-            p.error(f"--gguf {args.gguf} must be a file, for --device cpu and --batch 1")
-        if find_spec("llama_cpp") is None:
-            p.error('--gguf needs the package llama-cpp-python: "pip install llama-cpp-python", which compiles it')
+    if args.gguf is not None and (args.device != "cpu" or args.batch != 1):
+        p.error(f"--gguf {args.gguf} is for --device cpu and --batch 1")
+    if args.gguf is not None and (fault := llama_cpp.fault(args.gguf)):
+        p.error(fault)
     if args.device != "cpu" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
 
@@ -421,7 +381,7 @@ def _load_sides(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     if not args.no_baseline:
         sides.append(load_baseline(device, dtype, piece_size=args.piece_size))
     if args.gguf is not None:
-        sides.append(LlamaCppSide(args.gguf, args.contexts[-1] + args.steps + WARM_UP_STEPS, args.piece_size))
+        sides.append(llama_cpp.LlamaCppSide(args.gguf, args.contexts[-1] + args.steps + WARM_UP_STEPS, args.piece_size))
     return sides
 
 

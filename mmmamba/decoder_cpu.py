@@ -1,7 +1,7 @@
 """One token at a time through a linear model on the CPU, all layers in one call of `kernels/csrc/decode_cpu.c`.
 
-Same interface and results as the plain path, which reads the same weights through torch. `decoder_for` is the one place
-that chooses, and says once what and why.
+Same interface and results as the plain path, which reads the same weights through torch. `cpu_decoder_for` is the one
+place that chooses, and says once what and why.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class _Choice(NamedTuple):
 _choices: WeakKeyDictionary[nn.Module, _Choice] = WeakKeyDictionary()
 
 
-def decoder_for(model: object) -> CpuDecoder | None:
+def cpu_decoder_for(model: object) -> CpuDecoder | None:
     """The decoder of a model, or None where the plain path is to be taken. Made on first use, and again when the
     model has other weights; models that train take the plain path."""
     if not isinstance(model, MMMamba):

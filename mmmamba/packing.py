@@ -42,6 +42,19 @@ class PackedWeight(NamedTuple):
         return unpack(self.qweight, self.scales, self.zeros, self.spec, dtype)
 
 
+def split_groups(weight: PackedWeight, group_size: int) -> PackedWeight:
+    """The same values in smaller groups, for kernels that take some sizes only: each scale and offset is repeated.
+
+    Raises: ValueError if the groups do not divide into such.
+    """
+    times, rest = divmod(weight.spec.group_size, group_size)
+    if rest:
+        raise ValueError(f"groups of {weight.spec.group_size} do not divide into groups of {group_size}")
+    spec = PackedSpec(weight.spec.bits, group_size, weight.spec.shape)
+    scales, zeros = (t.repeat_interleave(times) for t in (weight.scales, weight.zeros))
+    return PackedWeight(weight.qweight, scales, zeros, spec)
+
+
 def pack_bits(q: Tensor, bits: int) -> Tensor:
     """Integers 0 .. 2**bits - 1, uint8 with a multiple of 4 elements, to the bytes that hold them, flat."""
     q = q.flatten()

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mmmamba.packing import PackedSpec, PackedWeight, pack, unpack_bits
+from mmmamba.packing import PackedSpec, PackedWeight, pack, split_groups, unpack_bits
 
 INT4_GROUPS = (256, 128, 64, 32)  # that torch's kernel takes
 INT4_ROWS = 16  # rows of a weight come in multiples of this
@@ -54,14 +54,12 @@ def int4_product(weight: PackedWeight) -> Product:
     """torch's kernel has w = scale * (q - 8) + zero, in groups of its own sizes: larger ones are split."""
     rows, cols = weight.spec.shape
     group = next(size for size in INT4_GROUPS if weight.spec.group_size % size == 0)
+    weight = split_groups(weight, group)
     padded = -(-rows // INT4_ROWS) * INT4_ROWS
     q = torch.zeros(padded, cols, dtype=torch.int32)
     q[:rows] = unpack_bits(weight.qweight, 4).view(rows, cols)
     arranged = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    scales, zeros = (
-        t.float().view(rows, -1).repeat_interleave(weight.spec.group_size // group, dim=1)
-        for t in (weight.scales, weight.zeros)
-    )
+    scales, zeros = (t.float().view(rows, -1) for t in (weight.scales, weight.zeros))
     grid = torch.zeros(cols // group, padded, 2, dtype=torch.bfloat16)
     grid[:, :rows, 0], grid[:, :rows, 1] = scales.T, (zeros + 8 * scales).T
 

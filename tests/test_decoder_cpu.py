@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba import decoder_cpu, load_model
-from mmmamba.decoder_cpu import Unsupported, decoder_for, make_cpu_decoder
+from mmmamba.decoder_cpu import Unsupported, cpu_decoder_for, make_cpu_decoder
 from mmmamba.generate import ModelInputs, SamplingParams, decode_one_token, prefill, sample
 from mmmamba.kernels import native
 from mmmamba.model import MMMamba
@@ -136,7 +136,7 @@ def test_nano_says_the_same() -> None:
             logits = decode_one_token(model, token, fast)
             plain = model(token[:, None], None, slow)[:, -1]
             assert_near("logits", logits, plain, 1e-3)
-    assert decoder_for(model) is not None
+    assert cpu_decoder_for(model) is not None
 
 
 @needs_library
@@ -171,13 +171,13 @@ def test_what_the_plain_path_takes(caplog: pytest.LogCaptureFixture) -> None:
         make_cpu_decoder(golden_model("post", "linear", torch.float64))
     model = small(linear_raw(), None)
     model.train()
-    assert decoder_for(model) is None
+    assert cpu_decoder_for(model) is None
     model.eval().requires_grad_(True)
-    assert decoder_for(model) is None
+    assert cpu_decoder_for(model) is None
     with caplog.at_level(logging.INFO, logger="mmmamba"):
         hybrid = golden_model("post", "hybrid").requires_grad_(False)
-        assert decoder_for(hybrid) is None
-        assert decoder_for(hybrid) is None
+        assert cpu_decoder_for(hybrid) is None
+        assert cpu_decoder_for(hybrid) is None
     assert [r.message for r in caplog.records] == ["decoder: plain (a hybrid model has attention layers)"]
 
 
