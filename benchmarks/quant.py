@@ -5,10 +5,11 @@
 
 Each scheme is quantized, written, and read back; what is measured is what was read. Speed is that of
 `benchmarks.decode`: all schemes and transformers' SmolLM2-135M in turn in one process, after a short and a long
-context, beside the time that their bytes take at the memory bandwidth measured here. Answers are exact matches to held-out
-questions about drawn shapes; KL(float32 || scheme), in nats a token, is the mean over the tokens of their answers, and
-over those of held-out conversations; bfloat16 without a scheme stands beside the schemes. The last line is one JSON
-object; the records also go to benchmarks/results/quant-<device>.json, those of speed to quant-<device>-speed.json.
+context, beside the time that their bytes take at the memory bandwidth measured here. Answers are exact matches to
+held-out questions about drawn shapes; KL(float32 || scheme), in nats a token, is the mean over the tokens of their
+answers, and over those of held-out conversations; bfloat16 without a scheme stands beside the schemes. The last line is
+one JSON object; the records also go to benchmarks/results/quant-<device>.json, those of speed to
+quant-<device>-speed.json.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from distill.data.batches import Batch, Row, Rows, pixel_values, stack
 from distill.data.sample import Sample
 from distill.data.shapes import QUESTIONS
 from distill.data.text import Conversations
-from distill.tasks import held_out
+from distill.tasks import ALTERNATIVES, held_out
 from mmmamba import MMMamba, load_model
 from mmmamba.tokenizer import load_tokenizer
 from quantize import SCHEMES, save_quantized
@@ -92,7 +93,7 @@ def questions(model: MMMamba, count: int, batch_size: int) -> list[Batch]:
     """Held-out questions about shapes, `count` a task."""
     rows = Rows(load_tokenizer(_directory(model)), model.config, "image")
     asked = [q for task in QUESTIONS for q in held_out(task, count)]
-    made = [rows.row(Sample(q.image, ((q.question, q.answer),), "held out")) for q in asked]
+    made = [rows.row(Sample(q.image, ((q.question, q.answer.partition(ALTERNATIVES)[0]),), "held out")) for q in asked]
     return _batches(made, batch_size)
 
 

@@ -65,10 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
     )
     chat.add_argument(
-        "--quantize",
-        default=None,
-        choices=SCHEMES,
-        help="weights in 8 or 4 bits; int4 costs nano nothing and is fastest",
+        "--quantize", default=None, choices=SCHEMES, help="weights in 8 or 4 bits, packed while they are read"
     )
     chat.add_argument("--json", action="store_true", default=False, help="one JSON line an answer, nothing else")
     sampling = chat.add_argument_group("sampling")
