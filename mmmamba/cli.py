@@ -26,7 +26,7 @@ from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
-from mmmamba.info import DTYPES, info_record, info_text, readable_bytes
+from mmmamba.info import DTYPES, info_record, info_text, quantized_record, readable_bytes
 from mmmamba.place import default_device, default_dtype
 
 DEFAULT_MODEL = "nano-linear"
@@ -313,19 +313,21 @@ def _progress_bar() -> Iterator[Callable[[float, str], None]]:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Print what a model costs, from its config alone: no weights are read."""
+    """Print what a model costs, from its config and the headers of its files: no weights are read."""
     if args.context < 1 or not 0 <= args.image_tokens <= args.context:
         raise UsageError(
             f"--context {args.context} and --image-tokens {args.image_tokens} must satisfy "
             "context >= 1 and 0 <= image tokens <= context"
         )
     directory = resolve_checkpoint(args.model, revision=args.revision)
+    config = read_config(directory)
     record = info_record(
-        read_config(directory),
+        config,
         dtype=args.dtype,
         num_text_tokens=args.context - args.image_tokens,
         num_image_tokens=args.image_tokens,
     )
+    record |= quantized_record(directory, tied=config.language.tie_word_embeddings)
     record = {"model": args.model, "directory": str(directory)} | record
     print(json.dumps(record, ensure_ascii=False) if args.json else info_text(record))
     return 0

@@ -129,6 +129,11 @@ class TensorFiles:
         shapes = [part.shape() for part in self._parts[name]]
         return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+    def nbytes(self, name: str) -> int:
+        """Bytes that it takes in its files."""
+        stored = self._parts[name]
+        return sum(part.file.get_tensor(inner).nbytes for part in stored for inner in part.parts())  # mapped, not read
+
     def is_packed(self, name: str) -> bool:
         """Whether it is stored in integers, by us or by another library."""
         return self._parts[name][0].spec is not None

@@ -174,6 +174,7 @@ def test_what_the_plain_path_takes(caplog: pytest.LogCaptureFixture) -> None:
     assert cpu_decoder_for(model) is None
     model.eval().requires_grad_(True)
     assert cpu_decoder_for(model) is None
+    assert model not in decoder_cpu._choices, "nothing is kept for it"
     with caplog.at_level(logging.INFO, logger="mmmamba"):
         hybrid = golden_model("post", "hybrid").requires_grad_(False)
         assert cpu_decoder_for(hybrid) is None
@@ -293,6 +294,10 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert lib is None
     assert "no such option" in reason
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+
+
+def test_every_header_counts_for_the_key_of_a_build() -> None:
+    assert {path.name for path in native.SOURCE.parent.glob("*.h")} == {path.name for path in native.INCLUDED}
 
 
 @needs_library

@@ -46,7 +46,7 @@ BESIDE = {
     "checkpoint": {"config", "keymap", "model", "packing", "stored"},
     "bundle": {"checkpoint", "keymap", "model", "packing", "stored"},
     "cost": {"config", "state"},
-    "info": {"config", "cost"},
+    "info": {"config", "cost", "keymap", "stored"},
     "conversation": {"generate", "image", "model", "prompt", "tokenizer"},
     "place": set(),
     "memory": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from mmmamba import cli, load_model
+from mmmamba.cost import weight_bytes
+from quantize import quantize_, save_quantized
 from quantize.__main__ import main
-from tests.test_quantize import assert_same, metadata
+from tests.test_quantize import assert_same, made, metadata, raw
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -49,6 +52,21 @@ def test_dtype_is_that_of_what_stays(capsys: pytest.CaptureFixture[str], tiny_di
     assert run(capsys, *argv)[0] == 0
     again = load_model(tmp_path, dtype=torch.bfloat16)
     assert_same(again, load_model(tiny_dir, dtype=torch.bfloat16, quantize="int8"))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_info_counts_what_is_stored(scheme: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = made(raw(tied=True))
+    quantize_(model, scheme)
+    weights = save_quantized(model, tmp_path)
+    assert cli.main(["info", str(tmp_path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    held = weight_bytes(load_model(tmp_path))
+    assert record["quantize"] == scheme
+    assert record["weight_bytes"] == held.total < weights.stat().st_size
+    assert record["weight_bytes_per_token"] == held.per_token
+    assert cli.main(["info", str(tmp_path)]) == 0
+    assert f" in {scheme}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
