@@ -306,7 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.scheme = args.scheme or usable_schemes()
     loaded = load_all(args, device)
     speed = measure_speed(args, loaded, device, bandwidth)
-    records = list(measure_answers(args, loaded, speed, device))
+    records = []
+    for record in measure_answers(args, loaded, speed, device):
+        print(f"{record.scheme}: {record.right} of {record.questions} right, {record.changed} changed", flush=True)
+        records.append(record)
     print(markdown(records))
     out = args.out or report.RESULTS / f"quant-{machine.device_slug(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

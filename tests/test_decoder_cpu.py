@@ -301,6 +301,17 @@ def test_every_header_counts_for_the_key_of_a_build() -> None:
 
 
 @needs_library
+def test_another_users_library_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.build()
+    owner = os.getuid()
+    monkeypatch.setattr(native.os, "getuid", lambda: owner + 1)
+    lib, reason = native.load_native.__wrapped__()
+    assert lib is None
+    assert "belongs to another user" in reason
+
+
+@needs_library
 def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = native.build()

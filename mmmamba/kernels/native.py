@@ -107,6 +107,8 @@ def build(*extra_flags: str) -> Path:
             if done.returncode:
                 raise OSError(f"{compiler}: {_first_line(done.stderr or done.returncode)}")
             os.replace(fresh, library)  # two processes may build at once: each puts a whole file there
+    if library.stat().st_uid != os.getuid():
+        raise OSError(f"{library} belongs to another user; remove it, or name another XDG_CACHE_HOME")
     return library
 
 
