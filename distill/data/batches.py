@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.data.photos import squash
-from distill.data.sample import IMAGE_TAG, Sample
+from distill.data.sample import IMAGE_TAG, Sample, Spelled
 from mmmamba.config import ModelConfig
 from mmmamba.image import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba.prompt import TURN_END, Turn, conversation_ids
@@ -132,12 +132,16 @@ def _turns(sample: Sample) -> list[Turn]:
     """The turns as the prompt takes them, with the images where they stand."""
     if not sample.placed:
         new_images = sample.new_images or (len(sample.images), *[0] * (len(sample.turns) - 1))
-        return [Turn(*turn, (1,) * count) for turn, count in zip(sample.turns, new_images, strict=True)]
+        return [
+            Turn(question, answer, (1,) * count, spelled=isinstance(answer, Spelled))
+            for (question, answer), count in zip(sample.turns, new_images, strict=True)
+        ]
     turns = []
     for question, answer in sample.turns:
         pieces = question.split(IMAGE_TAG)
         places = tuple(itertools.accumulate(len(piece) for piece in pieces[:-1]))
-        turns.append(Turn("".join(pieces), answer, (1,) * len(places), places))
+        spelled = isinstance(answer, Spelled)
+        turns.append(Turn("".join(pieces), answer, (1,) * len(places), places, spelled))
     return turns
 
 
