@@ -9,7 +9,7 @@ from mmmamba.packing import PackedSpec, PackedWeight, pack, pack_bits, unpack_bi
 
 SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's range, where the search begins
 REFITS = 3
-CHUNK_NUMEL = 2**20  # weights searched at once: scratch of a few MiB stays in caches
+CHUNK_NUMEL = 2**20  # weights looked at at once: scratch of a few MiB stays in caches
 
 
 def nearest(weight: Tensor, spec: PackedSpec) -> PackedWeight:
@@ -71,7 +71,11 @@ def widen(weight: PackedWeight) -> PackedWeight:
     if weight.spec.bits != 6:
         return weight
     spec = PackedSpec(8, weight.spec.group_size, weight.spec.shape)
-    return PackedWeight(unpack_bits(weight.qweight, 6), weight.scales, weight.zeros, spec)
+    wide = weight.qweight.new_empty(weight.qweight.numel() // 3 * 4)
+    # In pieces: a table's scratch would be the most that loading a model takes.
+    for few, many in zip(weight.qweight.split(3 * CHUNK_NUMEL // 4), wide.split(CHUNK_NUMEL), strict=True):
+        many.copy_(unpack_bits(few, 6))
+    return PackedWeight(wide, weight.scales, weight.zeros, spec)
 
 
 def narrow(weight: PackedWeight) -> PackedWeight:

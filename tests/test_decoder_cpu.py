@@ -260,7 +260,7 @@ def test_refused_weights(weight: Tensor | PackedWeight, reason: str) -> None:
     if isinstance(weight, PackedWeight) and weight.spec.bits == 4:
         layer = packed_linear(weight)  # torch's path takes them
         x = torch.randn(2, weight.spec.shape[1])
-        assert torch.equal(layer(x), nn.functional.linear(x, weight.unpack(torch.float32)))
+        assert_near("torch's", layer(x), nn.functional.linear(x, weight.unpack(torch.float32)), 2e-2)
 
 
 # --- building ---

@@ -81,7 +81,9 @@ def test_what_lies_on_a_grid_stays_there(bits: int, group: int) -> None:
     assert on_grid(random_weight(20, 192), bits) is None
 
 
-def test_six_bits_are_kept_as_eight_and_stored_as_six() -> None:
+@pytest.mark.parametrize("chunk", [2**20, 400])
+def test_six_bits_are_kept_as_eight_and_stored_as_six(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.pack.CHUNK_NUMEL", chunk)
     six = packed(20, 64, 6, 64)
     eight = widen(six)
     assert eight.spec.bits == 8
