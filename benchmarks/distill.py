@@ -24,8 +24,9 @@ from distill.data.batches import Batch
 from distill.distributed import FlatGradients
 from distill.inputs import Inputs, prepare
 from distill.nano import IMG_CONTEXT_TOKEN_ID, nano_config
+from distill.pipeline import student_stage
 from distill.runner import step_runner
-from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
+from distill.stages import Stage, TeacherStage
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba
 
@@ -50,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.stages.split(","):
         config = recipe.stages[name]
         image_batch = args.image_batch or config.image_batch
-        stage = _stage(name, device, compiled=args.compile)
-        batches = [
-            (1.0, _random(stage.model.config, recipe.image_seqlen, image_batch, config.image_answer_tokens, True))
-        ]
+        stage = _stage(name, config, device, compiled=args.compile)
+        batches = [(1.0, _random(stage, recipe.image_seqlen, image_batch, config.image_answer_tokens, True))]
         if config.text_batch:
-            text = _random(stage.model.config, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, False)
+            text = _random(stage, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, False)
             batches.append((config.text_weight, text))
         record = _measure(name, stage, batches, config, args) | {
             "device": device_name(device),
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({"benchmark": "distill", "matmul_tflops": round(peak / 1e12), "records": records}))
 
 
-def _stage(name: str, device: torch.device, *, compiled: bool) -> Stage:
+def _stage(name: str, config: StageConfig, device: torch.device, *, compiled: bool) -> Stage:
     with torch.device(device):
         teacher = MMMamba(nano_config())
     for parameter in teacher.parameters():
@@ -80,12 +79,11 @@ def _stage(name: str, device: torch.device, *, compiled: bool) -> Stage:
     if name == "teacher":
         return TeacherStage(teacher, compiled=compiled)
     student = make_student(teacher, *Recipe(name="linear", stages={}).layer_types(teacher.config))
-    if name == "stage3":
-        return LogitsStage(teacher, student, compiled=compiled)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", compiled=compiled)
+    return student_stage(name, teacher, student, config, compiled=compiled)
 
 
-def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | None, image: bool) -> Inputs:
+def _random(stage: Stage, seqlen: int, batch: int, answer_tokens: int | None, image: bool) -> Inputs:
+    config = stage.model.config
     ids = torch.randint(3, 49_000, (batch, seqlen))
     start = 5
     if image:
@@ -95,7 +93,7 @@ def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | N
     mask[:, start + 8 : start + 8 + (answer_tokens or 16)] = True
     side = config.image_size
     pixels = torch.randint(0, 255, (batch, side, side, 3), dtype=torch.uint8) if image else None
-    return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens)
+    return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens, all_tokens=stage.all_tokens)
 
 
 def _measure(

@@ -121,8 +121,9 @@ def run_bundle(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> Run:
     trains = hasattr(args, "log_file")
+    recipe = Recipe.load(args.recipe)
     return Run(
-        recipe=Recipe.load(args.recipe),
+        recipe=recipe.with_reference_objective() if getattr(args, "all_tokens", False) else recipe,
         device=torch.device(args.device if trains else "cpu"),
         tokenizer=args.tokenizer if trains else Path(),
         places=places(args.data, photos=args.photos, text=args.text) if trains else places([]),
@@ -157,10 +158,17 @@ def _parser() -> argparse.ArgumentParser:
         "stage2": "the same with V, K and Q",
         "stage3": "all mixers end to end, against the teacher's answers",
     }
-    for name in STUDENT_STAGES:
-        _training(_data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it."))))
+    stages = {
+        name: _training(
+            _data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it.")))
+        )
+        for name in STUDENT_STAGES
+    }
     everything = _training(_data(_student(command("run", run_everything), needed=False)))
     _base(everything)
+    for sub in (stages["stage3"], everything):
+        about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"
+        sub.add_argument("--all-tokens", action="store_true", help=about)
     _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
     evaluate = _data(command("eval", run_eval))
     evaluate.add_argument("model")

@@ -11,7 +11,7 @@ import torch
 
 from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole
-from distill.config import STUDENT_STAGES, Recipe
+from distill.config import STUDENT_STAGES, Recipe, StageConfig
 from distill.convert import make_student
 from distill.distributed import Processes
 from distill.evaluate import accuracy
@@ -130,7 +130,8 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
         return
     student = make_student(teacher, *types, seed=run.recipe.seed)
     kept.load_(_before(run.recipe, name, kept), student)
-    stage = student_stage(name, teacher, student, compiled=run.compiled and not run.shard)
+    config = run.recipe.stages[name]
+    stage = student_stage(name, teacher, student, config, compiled=run.compiled and not run.shard)
     data = run.data(teacher)
     store = kept.checkpoints(name, run.recipe.facts(name))
     trained = _train(run, name, stage, data, store)
@@ -143,11 +144,12 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     run.processes.wait()
 
 
-def student_stage(name: str, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> Stage:
-    """Stage 1, 2 or 3 by its name."""
+def student_stage(name: str, teacher: MMMamba, student: MMMamba, config: StageConfig, *, compiled: bool) -> Stage:
+    """Stage 1, 2 or 3 by its name, as its config wants it."""
+    shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
     if name == "stage3":
-        return LogitsStage(teacher, student, compiled=compiled)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", compiled=compiled)
+        return LogitsStage(teacher, student, objective=config.objective, **shared)
+    return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 
 def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -> None:

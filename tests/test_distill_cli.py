@@ -21,12 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import distill.nano
 from distill.__main__ import _parser, cli, main
+from distill.config import Recipe
 from distill.convert import fuse_
 from distill.data.batches import Batch
 from distill.data.mixture import Mixture
+from distill.distributed import Processes
+from distill.losses import token_kl
+from distill.streams import Data, places
 from mmmamba import ModelConfig, load_model
 from mmmamba.checkpoint import BUNDLED_DIR, save_model
 from mmmamba.model import MMMamba
+from mmmamba.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -188,6 +193,36 @@ def test_teacher_student_bundle_and_eval(
     scores = json.loads(capsys.readouterr().out)
     assert {"printed_text", "nlvr", "digits"} <= scores.keys()
     assert scores["printed_text_cer"] > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_all_tokens_sums_over_all_tokens(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, stages={"stage3": STAGE | {"steps": 1}})
+    options = [
+        *common(tmp_path, recipe),
+        "--eval-count",
+        "0",
+        "--teacher",
+        str(teacher),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    main(["convert", *options[:2], *options[-4:]])
+    student = load_model(tmp_path / "out")
+    main(["stage3", *options, "--all-tokens"])
+    data = Data(
+        Recipe.load(str(recipe)), places([]), load_tokenizer(BUNDLED_DIR), student.config, workers=0,
+        processes=Processes(),
+    )  # fmt: skip
+    stream = data.batches("text", "stage3")
+    assert stream is not None
+    batch = next(stream)
+    length = int(batch.loss_mask[0].nonzero().max()) + 1
+    with torch.no_grad():
+        logits = (model(batch.input_ids[:, :length]) for model in (student, load_model(teacher)))
+        wanted = float(token_kl(*logits).sum())
+    assert log_of(tmp_path)[0]["text_kl"] == pytest.approx(wanted, rel=0.02), "training computes in bf16"
 
 
 @pytest.mark.usefixtures("tiny")

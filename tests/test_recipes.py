@@ -12,6 +12,7 @@ import yaml
 
 from distill.checkpoints import differences
 from distill.config import RECIPES_DIR, STAGES, Recipe, Shape, StageConfig
+from distill.losses import Objective
 from distill.nano import nano_config
 from mmmamba.config import ModelConfig
 from tests.helpers import golden_config
@@ -58,7 +59,7 @@ def test_layer_types_of_a_recipe(tmp_path: Path) -> None:
         ({"stages": {"stage4": {}}}, r"mine.yaml: stages are \['stage4'\]; use teacher, stage1"),
         (
             {"stages": {"stage1": {"steps": 3, "lr": 1, "image_batch": 1, "text_batch": 1, "step": 3}}},
-            "mine.yaml: step not known; fields are accumulate, activation_checkpointing, clip, decay, ",
+            "mine.yaml: step not known; fields are accumulate, activation_checkpointing, all_tokens, ",
         ),
         ({"stages": {"stage1": {"steps": 3, "lr": 0.1}}}, "mine.yaml: stage1 misses image_batch, text_batch"),
         ({"stages": {"stage1": None}}, "mine.yaml: stage1 misses"),
@@ -74,6 +75,15 @@ def test_layer_types_of_a_recipe(tmp_path: Path) -> None:
         ({"image_seqlen": 0}, "mine.yaml: image_seqlen=0 must be a whole number above 0"),
         ({"stages": {"stage1": GOOD | {"steps": 0}}}, "mine.yaml: stage1: steps=0 trains nothing"),
         ({"stages": {"stage1": GOOD | {"lr": "1e-3"}}}, 'stage1: lr="1e-3" is text; write a number, with a point'),
+        (
+            {"stages": {"stage1": GOOD | {"temperature": 2.0, "all_tokens": True}}},
+            "stage1: temperature=2.0, all_tokens=True would change nothing; leave it out, or move it to stage3",
+        ),
+        (
+            {"stages": {"teacher": GOOD | {"train_decay": False}}},
+            "mine.yaml: teacher: train_decay=False would change nothing; .* to stage1, stage2, stage3",
+        ),
+        ({"stages": {"stage3": GOOD | {"reduction": "max"}}}, 'mine.yaml: stage3: reduction "max" is not known; use'),
         (
             {"stages": {"stage1": GOOD | {"warmup": 0.1, "warmup_steps": 0, "stable_steps": 1, "decay_steps": 0}}},
             "mine.yaml: stage1 gives warmup as a share and in steps; keep one",
@@ -111,6 +121,13 @@ def test_an_unknown_recipe() -> None:
         ({"accumulate": 0}, "accumulate=0 trains nothing"),
         ({"clip": 0}, "clip=0 trains nothing"),
         ({"save_steps": -1}, "save_steps=-1 is below 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0; 1 leaves the logits alone"),
+        ({"ce_weight": -0.5}, "ce_weight=-0.5 is below 0; use 0 to leave cross-entropy out"),
+        ({"all_tokens": "yes"}, 'all_tokens="yes" is text'),
+        (
+            {"all_tokens": True, "image_answer_tokens": 20},
+            "all_tokens gives every token a slot, and image_answer_tokens=20 only some; leave one out",
+        ),
         ({"lr": None}, "lr is empty; give it a value or leave it out"),
         (
             {"steps": 20, "warmup_steps": 2, "stable_steps": 10, "decay_steps": 4},
@@ -187,3 +204,27 @@ def test_what_a_checkpoint_is_compared_by() -> None:
     ]
     longer = replace(linear, stages=linear.stages | {"stage1": replace(linear.stages["stage1"], lr=1.0)})
     assert differences(facts, longer.facts("stage1")) == ["lr is 1.0, was 0.006"]
+
+
+def test_later_fields_change_facts_only_where_they_change_something() -> None:
+    """A checkpoint from before they came must go on."""
+    linear = Recipe.load("nano-linear")
+    facts = linear.facts("stage3")
+    assert not {"temperature", "ce_weight", "all_tokens", "reduction", "train_decay"} & facts.keys()
+    warm = replace(linear, stages={"stage3": replace(linear.stages["stage3"], temperature=2.0)})
+    assert differences(facts, warm.facts("stage3")) == ["temperature is 2.0, was None"]
+
+
+def test_the_references_objective_in_a_recipe() -> None:
+    linear = Recipe.load("nano-linear")
+    changed = linear.with_reference_objective()
+    assert changed.stages["stage3"].objective == Objective.reference() == Objective(all_tokens=True, reduction="sum")
+    assert changed.stages["stage3"].image_answer_tokens is None
+    assert {n: s for n, s in changed.stages.items() if n != "stage3"} == {
+        n: s for n, s in linear.stages.items() if n != "stage3"
+    }
+    with pytest.raises(ValueError, match="recipe nano-linear has no stage3; --all-tokens changes nothing else"):
+        replace(linear, stages={"stage1": linear.stages["stage1"]}).with_reference_objective()
+    warm = replace(linear, stages={"stage3": replace(linear.stages["stage3"], temperature=2.0)})
+    with pytest.raises(ValueError, match=r"has temperature=2\.0 in stage3, and --all-tokens asks for the reference's"):
+        warm.with_reference_objective()
