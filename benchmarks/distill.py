@@ -24,9 +24,8 @@ from distill.data.batches import Batch
 from distill.distributed import FlatGradients
 from distill.inputs import Inputs, prepare
 from distill.nano import IMG_CONTEXT_TOKEN_ID, nano_config
-from distill.pipeline import student_stage
 from distill.runner import step_runner
-from distill.stages import Stage, TeacherStage
+from distill.stages import Stage, TeacherStage, student_stage
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba
 

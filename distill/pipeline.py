@@ -6,19 +6,21 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole
-from distill.config import STUDENT_STAGES, Recipe, StageConfig
+from distill.config import STUDENT_STAGES, Recipe
 from distill.convert import make_student
 from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.kept import CONVERT, ORDER, Kept, whole_mixers
+from distill.memory import StageMemory, StudentStage, step_memory
 from distill.nano import new_teacher
 from distill.sharding import is_sharded, shard_, whole
-from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
+from distill.stages import Stage, TeacherStage, student_stage
 from distill.streams import Data, Places, accepted, nlvr_folder
 from distill.trainer import Trained, train
 from mmmamba.checkpoint import load_model, save_model
@@ -134,7 +136,7 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     stage = student_stage(name, teacher, student, config, compiled=run.compiled and not run.shard)
     data = run.data(teacher)
     store = kept.checkpoints(name, run.recipe.facts(name))
-    trained = _train(run, name, stage, data, store)
+    trained = _train(run, name, stage, data, store, _estimate(run, name, student))
     tensors = whole_mixers(student)
     if run.processes.is_main:
         kept.write(name, tensors)
@@ -142,14 +144,6 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
         run.say(f"{name}: {trained.steps} steps in {trained.seconds / 60:.1f} minutes, kept in {kept.path(name)}")
     _report(run, student, name, data)
     run.processes.wait()
-
-
-def student_stage(name: str, teacher: MMMamba, student: MMMamba, config: StageConfig, *, compiled: bool) -> Stage:
-    """Stage 1, 2 or 3 by its name, as its config wants it."""
-    shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
-    if name == "stage3":
-        return LogitsStage(teacher, student, objective=config.objective, **shared)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 
 def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -> None:
@@ -188,7 +182,27 @@ def run_all(run: Run, teacher_dir: str, out: Path) -> None:
 _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)  # a second to read, the same for all stages
 
 
-def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) -> Trained:
+def _estimate(run: Run, name: str, student: MMMamba) -> StageMemory:
+    """What a step of a student's stage needs; printed too."""
+    estimate = step_memory(
+        run.recipe,
+        cast(StudentStage, name),
+        student.config,
+        weight_bytes=student.dtype.itemsize,
+        scan="triton" if run.device.type == "cuda" else "chunked",
+    )
+    notes = []
+    if run.device.type == "cuda":
+        notes.append(f"; the card has {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f} GiB")
+    if run.shard:
+        notes.append(f"; the first three are spread over {run.processes.world_size} cards, but for tables and vectors")
+    run.say(f"{name}: a step needs {estimate}{''.join(notes)}")
+    return estimate
+
+
+def _train(
+    run: Run, name: str, stage: Stage, data: Data, store: Checkpoints, estimate: StageMemory | None = None
+) -> Trained:
     if run.shard:
         shard_(stage, run.processes, run.device)
     checkpoint = store.latest(run.processes)
@@ -212,6 +226,7 @@ def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) ->
         resume=checkpoint,
         tensorboard=run.tensorboard,
         processes=run.processes,
+        estimate=estimate,
     )
 
 

@@ -18,6 +18,7 @@ from distill.data.batches import Batch
 from distill.distributed import Processes
 from distill.faults import Interrupted, Interrupts, Watch, WeightedInputs, explain_memory
 from distill.inputs import prepare
+from distill.memory import StageMemory
 from distill.monitor import Monitor
 from distill.optim import stage_optimizers
 from distill.recompute import recompute_blocks_
@@ -51,6 +52,7 @@ def train(
     resume: Checkpoint | None = None,
     tensorboard: Path | None = None,
     processes: Processes = ONE_PROCESS,
+    estimate: StageMemory | None = None,
 ) -> Trained:
     """Run a stage; leaves the trained values in its parameters, rounded as stored if the config rounds at all.
 
@@ -64,6 +66,7 @@ def train(
         resume: what to go on from; every value is then what it would have been without the interruption.
         tensorboard: folder for curves.
         processes: those that train together, each on batches of its own; the main one writes.
+        estimate: what a step should need; named if there is less.
     Raises: FloatingPointError if a loss or gradient is not finite, with the batch kept; MemoryError saying what to
         lower; Interrupted when asked to stop, with everything saved; ValueError if nothing trains, a checkpoint does
         not fit, or settings exclude each other.
@@ -72,7 +75,7 @@ def train(
     _check(name, parameters, config, graph=graph)
     if config.activation_checkpointing:
         recompute_blocks_(stage.networks())
-    loop = _Loop(name, stage, config, parameters, processes, graph=graph)
+    loop = _Loop(name, stage, config, parameters, processes, graph=graph, estimate=estimate)
     if resume is not None:
         loop.restore(resume)
     clock = Clock(config, elapsed_s=resume.elapsed_s if resume else 0.0, step=loop.step)
@@ -135,8 +138,10 @@ class _Loop:
         processes: Processes,
         *,
         graph: bool,
+        estimate: StageMemory | None,
     ) -> None:
         self.name = name
+        self.estimate = estimate
         self.config = config
         self.parameters = parameters
         self.processes = processes
@@ -152,7 +157,7 @@ class _Loop:
         """One step; returns what to log, on the device."""
         self._set_rates(self.config.lr_factor(progress))
         rounding = progress >= self.config.round_from
-        with explain_memory(self.name, self.config, batches[0]):
+        with explain_memory(self.name, self.config, batches[0], self.estimate):
             with rounded_weights(self.parameters) if rounding else nullcontext():
                 values = self._compute(batches)
             self._gradients.average_(self.processes)

@@ -152,7 +152,9 @@ def test_teacher_student_bundle_and_eval(
     main(["convert", *model_only])
     assert load_model(by_steps).config.kind == "linear", "a seeded student can be loaded"
     for name in ("stage1", "stage2", "stage3"):
+        capsys.readouterr()
         main([name, *teacher_at, "--out", str(by_steps), *options, "--eval-count", "0"])
+        assert f"{name}: a step needs about 0." in capsys.readouterr().out
         assert (by_steps / "stages" / f"{name}.safetensors").is_file()
     main(["export", *model_only])
     # ... is the same as all at once, the teacher included, and a second time nothing is left to do.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import pipeline
+from distill import stages
 from distill.config import Recipe, StageConfig
 from distill.convert import fuse_
 from distill.data.batches import Batch, pixel_values
@@ -93,7 +93,7 @@ def test_all_tokens_of_a_recipe_are_the_references_sum(kind: str, monkeypatch: p
     """From the recipe, as `--all-tokens` changes it, to what a step logs and minimises."""
     recipe = Recipe.load("nano-linear").with_reference_objective()
     teacher, student = teacher_of("post"), load_model(GOLDEN / "post" / kind)
-    stage = pipeline.student_stage("stage3", teacher, student, recipe.stages["stage3"], compiled=False)
+    stage = stages.student_stage("stage3", teacher, student, recipe.stages["stage3"], compiled=False)
     stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
     for case, tensors in golden_cases("post").items():
         ids, tiles = tensors["input_ids"], tensors.get("pixel_values")
@@ -112,7 +112,7 @@ def test_a_stage_is_as_its_config_wants_it(name: str) -> None:
     plain = StageConfig(steps=1, lr=1.0, image_batch=1, text_batch=0)
     wanted = replace(plain, train_decay=False, **({"temperature": 2.0, "ce_weight": 0.5} if name == "stage3" else {}))
     for config in (plain, wanted):
-        stage = pipeline.student_stage(name, teacher, student, config, compiled=False)
+        stage = stages.student_stage(name, teacher, student, config, compiled=False)
         assert any("A_log" in parameter for parameter in stage.parameters()) == config.train_decay
         assert any("vkq" in parameter for parameter in stage.parameters()) == (name != "stage1")
         if isinstance(stage, LogitsStage):
