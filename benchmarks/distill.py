@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = recipe.stages[name]
         image_batch = args.image_batch or config.image_batch
         stage = _stage(name, config, device, compiled=args.compile)
-        batches = [(1.0, _random(stage, recipe.image_seqlen, image_batch, config.image_answer_tokens, True))]
+        shape = recipe.image_seqlen, image_batch, config.image_answer_tokens, recipe.pictures
+        batches = [(1.0, _random(stage, *shape))]
         if config.text_batch:
-            text = _random(stage, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, False)
+            text = _random(stage, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, 0)
             batches.append((config.text_weight, text))
         record = _measure(name, stage, batches, config, args) | {
             "device": device_name(device),
@@ -81,17 +82,17 @@ def _stage(name: str, config: StageConfig, device: torch.device, *, compiled: bo
     return student_stage(name, teacher, student, config, compiled=compiled)
 
 
-def _random(stage: Stage, seqlen: int, batch: int, answer_tokens: int | None, image: bool) -> Inputs:
+def _random(stage: Stage, seqlen: int, batch: int, answer_tokens: int | None, pictures: int) -> Inputs:
     config = stage.model.config
     ids = torch.randint(3, 49_000, (batch, seqlen))
     start = 5
-    if image:
+    for _ in range(pictures):
         ids[:, start : start + config.tokens_per_tile] = IMG_CONTEXT_TOKEN_ID
-        start += config.tokens_per_tile
+        start += config.tokens_per_tile + 5
     mask = torch.zeros(batch, seqlen, dtype=torch.bool)
-    mask[:, start + 8 : start + 8 + (answer_tokens or 16)] = True
+    mask[:, start : start + (answer_tokens or 16)] = True
     side = config.image_size
-    pixels = torch.randint(0, 255, (batch, side, side, 3), dtype=torch.uint8) if image else None
+    pixels = torch.randint(0, 255, (batch * pictures, side, side, 3), dtype=torch.uint8) if pictures else None
     return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens, all_tokens=stage.all_tokens)
 
 
@@ -124,7 +125,7 @@ def _measure(
         "graph": args.graph,
         "first_ms": round(first),
         "ms": round(ms, 1),
-        "images_per_s": round(batches[0][1].shape[0] / ms * 1e3),
+        "rows_per_s": round(batches[0][1].shape[0] / ms * 1e3),
         "peak_bytes": peak_memory_bytes(stage.model.device),
     }
 

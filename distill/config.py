@@ -13,6 +13,7 @@ from mmmamba.config import LayerType, ModelConfig
 
 STAGES = ("teacher", "stage1", "stage2", "stage3")
 STUDENT_STAGES = STAGES[1:]
+LAYER_STAGES = ("stage1", "stage2")  # each layer by itself
 RECIPES_DIR = Path(__file__).parent / "recipes"
 _SCHEDULE_STEPS = ("warmup_steps", "stable_steps", "decay_steps")
 _ANSWER_TOKENS = ("image_answer_tokens", "text_answer_tokens")
@@ -23,7 +24,7 @@ _ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction")
     "train_decay": STUDENT_STAGES
 }
 # Left out of a checkpoint's facts while they are at their defaults, so that checkpoints from before them go on.
-_LATER = frozenset(_ONLY_IN)
+_LATER = frozenset((*_ONLY_IN, "pictures"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,7 @@ class Recipe:
     image_seqlen: int = 128
     text_seqlen: int = 256
     max_tiles: int = 1  # tiles a picture may be cut into
+    pictures: int = 1  # a row; above 1, as many samples of one picture each are joined into a conversation
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -202,7 +204,7 @@ class Recipe:
         strange = [i for i in self.softmax_layers if not isinstance(i, int) or i < 0]
         if strange or len(set(self.softmax_layers)) < len(self.softmax_layers):
             raise ValueError(f"softmax_layers {list(self.softmax_layers)}; list numbers from 0 on, each once")
-        for name in ("image_seqlen", "text_seqlen", "max_tiles"):
+        for name in ("image_seqlen", "text_seqlen", "max_tiles", "pictures"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number above 0")
         if self.shape.num_layers is not None:
@@ -250,9 +252,9 @@ class Recipe:
 
     def facts(self, stage: str) -> dict[str, Any]:
         """All that decides what a stage computes, in plain values: what a checkpoint of it is compared by."""
-        own = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "shape", "softmax_layers")
-        }
+        elsewhere = {"stages", "shape", "softmax_layers"}
+        unchanged = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere | unchanged}
         return own | {"softmax_layers": list(self.softmax_layers)} | self.stages[stage].facts()
 
 

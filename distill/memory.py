@@ -115,7 +115,7 @@ def step_memory(
     config = recipe.stages[stage]
     needs = []
     for rows, seqlen, tiles, slots in (
-        (config.image_batch, recipe.image_seqlen, config.image_batch, config.image_answer_tokens),
+        (config.image_batch, recipe.image_seqlen, config.image_batch * recipe.pictures, config.image_answer_tokens),
         (config.text_batch, recipe.text_seqlen, 0, config.text_answer_tokens),
     ):
         if rows:

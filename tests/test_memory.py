@@ -100,7 +100,7 @@ def test_the_larger_batch_of_a_recipe_counts() -> None:
     linear = Recipe.load("nano-linear")
     plan = replace(linear.stages["stage3"], image_batch=6, text_batch=2, image_answer_tokens=5)
     recipe = replace(linear, stages={"stage3": plan}, image_seqlen=64, text_seqlen=32)
-    images = stage_memory(config, "stage3", rows=6, seqlen=64, tiles=6, loss_tokens=30)
+    images = stage_memory(config, "stage3", rows=6, seqlen=64, tiles=12, loss_tokens=30)
     assert step_memory(recipe, "stage3", config) == images
     longer = replace(recipe, text_seqlen=512, stages={"stage3": replace(plan, text_answer_tokens=None)})
     texts = stage_memory(config, "stage3", rows=2, seqlen=512, weight_bytes=2)

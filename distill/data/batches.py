@@ -24,6 +24,8 @@ from mmmamba.tokenizer import Tokenizer
 
 RowKind = Literal["image", "text"]
 DEFAULT_SEQLEN: dict[RowKind, int] = {"image": 160, "text": 256}
+_CHARS_PER_TOKEN = 3  # of questions and short answers
+_LABEL_TOKENS = 8  # around an image
 
 
 class Batch(NamedTuple):
@@ -87,6 +89,12 @@ class Rows:
         # Never read by an earlier position and never learned, so any id would do.
         self.pad_id = tokenizer.token_id(TURN_END)
 
+    @property
+    def chars_per_image(self) -> int:
+        """Characters of text that about fit beside each image of a row."""
+        images = max(1, self.num_images)
+        return _CHARS_PER_TOKEN * (self.seqlen // images - self.config.tokens_per_tile - _LABEL_TOKENS)
+
     def row(self, sample: Sample) -> Row | None:
         """The sample with as many whole turns as fit; None if the first does not, or if it leaves another number of
         images than the rows have.
@@ -123,8 +131,8 @@ class Rows:
 def _turns(sample: Sample) -> list[Turn]:
     """The turns as the prompt takes them, with the images where they stand."""
     if not sample.placed:
-        first, *others = sample.turns
-        return [Turn(*first, (1,) * len(sample.images)), *(Turn(*turn) for turn in others)]
+        new_images = sample.new_images or (len(sample.images), *[0] * (len(sample.turns) - 1))
+        return [Turn(*turn, (1,) * count) for turn, count in zip(sample.turns, new_images, strict=True)]
     turns = []
     for question, answer in sample.turns:
         pieces = question.split(IMAGE_TAG)

@@ -30,6 +30,7 @@ class Sample:
     placed: every "<image>" in the questions is the place of an image, in order; otherwise all stand before the first
         question, and the tag is text like any other.
     system: the system message; None takes the template's.
+    new_images: how many images come with each turn, before its question; None: all with the first.
     """
 
     image: Image.Image | None
@@ -38,6 +39,7 @@ class Sample:
     more_images: tuple[Image.Image, ...] = ()
     placed: bool = False
     system: str | None = None
+    new_images: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.turns or not all(question and answer for question, answer in self.turns):
@@ -50,6 +52,12 @@ class Sample:
         tags = sum(question.count(IMAGE_TAG) for question, _ in self.turns)
         if self.placed and tags != len(self.images):
             raise ValueError(f"a sample of {self.task} has {len(self.images)} images and {tags} places for them")
+        new = self.new_images
+        if new is not None and (self.placed or len(new) != len(self.turns) or sum(new) != len(self.images)):
+            raise ValueError(
+                f"a sample of {self.task} has {len(self.images)} images, {len(self.turns)} turns and new_images={new}; "
+                "give a number for each turn that add up to all images, and placed=False"
+            )
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
