@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import distill.nano
 from distill.__main__ import _parser, cli, main
 from distill.config import Recipe
 from distill.convert import fuse_
@@ -28,13 +25,13 @@ from distill.data.mixture import Mixture
 from distill.distributed import Processes
 from distill.losses import token_kl
 from distill.streams import Data, places
-from mmmamba import ModelConfig, load_model
+from mmmamba import load_model
 from mmmamba.checkpoint import BUNDLED_DIR, save_model
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import load_tokenizer
+from tests.training import save_tiny_base, save_tiny_teacher, tiny_config
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 STAGE = {
     "steps": 2,
     "lr": 1e-3,
@@ -46,25 +43,9 @@ STAGE = {
 COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "teacher", "bundle")
 
 
-def tiny_config() -> ModelConfig:
-    config = distill.nano.nano_config()
-    return replace(
-        config,
-        embedding=replace(
-            config.embedding, **SHAPE, llm_hidden_size=32, image_size=56, num_hidden_layers=2, layer_types=()
-        ),
-        language=replace(config.language, **SHAPE, num_hidden_layers=2, layer_types=()),
-    )
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "base"
-    LlamaForCausalLM(
-        LlamaConfig(**SHAPE, num_hidden_layers=2, vocab_size=49_152, tie_word_embeddings=True, rms_norm_eps=1e-5)
-    ).save_pretrained(path)
-    return path
+    return save_tiny_base(tmp_path / "base")
 
 
 @pytest.fixture(autouse=True)
@@ -117,17 +98,6 @@ def free_port() -> int:
 
 def log_of(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-
-
-def save_tiny_teacher(path: Path, config: ModelConfig | None = None) -> Path:
-    """A teacher nobody trained, with the bundled tokenizer's ids."""
-    torch.manual_seed(0)
-    model = MMMamba(config or tiny_config())
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.05)
-    save_model(model, path)
-    return path
 
 
 @pytest.mark.usefixtures("tiny")
