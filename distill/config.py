@@ -24,7 +24,7 @@ _ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction")
     "train_decay": STUDENT_STAGES
 }
 # Left out of a checkpoint's facts while they are at their defaults, so that checkpoints from before them go on.
-_LATER = frozenset((*_ONLY_IN, "pictures"))
+_LATER = frozenset((*_ONLY_IN, "pictures", "packed", "packed_tiles"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +160,13 @@ class Recipe:
     stages: dict[str, StageConfig]
     shape: Shape = field(default_factory=Shape)
     softmax_layers: tuple[int, ...] = ()  # counted over both stacks, embedding first; the rest become mixers
-    image_seqlen: int = 128
+    image_seqlen: int = 128  # tokens a row, as the language model counts them
     text_seqlen: int = 256
-    max_tiles: int = 1  # tiles a picture may be cut into
+    max_tiles: int = 1  # tiles a picture may be cut into, its thumbnail apart; above 1 rows must be packed
+    # Samples of any length, pictures and text, one behind the other in rows of `image_seqlen` tokens. Sources of both
+    # are one mixture, `image_batch` counts its rows and `text_batch` is 0; `text_seqlen` bounds a text.
+    packed: bool = False
+    packed_tiles: int | None = None  # tiles a row, blank ones for those missing: fixed shapes. None: as many as come
     pictures: int = 1  # a row; above 1, as many samples of one picture each are joined into a conversation
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
@@ -211,6 +215,33 @@ class Recipe:
             self._check_layers(self.shape.num_layers)
         for name, stage in self.stages.items():
             stage.check_stage(name)
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        tiles = self.packed_tiles
+        if not isinstance(self.packed, bool):
+            raise ValueError(f"packed={self.packed!r} must be true or false")
+        if not self.packed:
+            if self.max_tiles > 1 or tiles is not None:
+                given = f"max_tiles={self.max_tiles}" if self.max_tiles > 1 else f"packed_tiles={tiles}"
+                raise ValueError(f"{given} needs rows that hold any number of tiles; set packed: true")
+            return
+        if self.pictures > 1:
+            raise ValueError(f"pictures={self.pictures} and packed exclude each other: a packed row holds what fits")
+        if "teacher" in self.stages:
+            raise ValueError("a teacher's pictures and text have losses of their own; packed is for students")
+        most = self.max_tiles + (self.max_tiles > 1)
+        if tiles is not None and (not isinstance(tiles, int) or tiles < most):
+            raise ValueError(
+                f"packed_tiles={tiles} holds no picture of {most} tiles, thumbnail included; use {most} on"
+            )
+        for name, stage in self.stages.items():
+            if stage.text_batch:
+                raise ValueError(f"{name}: text_batch={stage.text_batch}, but packed rows hold text too; set it to 0")
+            if tiles is None and stage.image_batch > 1:
+                raise ValueError(
+                    f"{name}: image_batch={stage.image_batch} rows need equally many tiles each; set packed_tiles"
+                )
 
     def with_reference_objective(self) -> Recipe:
         """The recipe with stage 3 as the published training code has it: the divergence summed over all tokens.

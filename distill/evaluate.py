@@ -25,11 +25,13 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
     """Which rows a greedy reply would match exactly, bool (batch,)."""
     device = model.device
     pixels = None if batch.pixels is None else pixel_values(batch.pixels.to(device))
+    used = int(batch.loss_mask.any(dim=0).nonzero().max()) + 1  # the rest is padding behind the last answer
+    ids = batch.input_ids[:, :used].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        hidden = model.hidden_states(batch.input_ids, pixels)
+        hidden = model.hidden_states(ids, pixels)
         rows, columns = (i.to(device) for i in batch.loss_mask[:, 1:].nonzero(as_tuple=True))
         predicted = model.language.output(hidden[rows, columns]).argmax(dim=-1)
-    wrong = predicted != batch.input_ids.to(device)[rows, columns + 1]
+    wrong = predicted != ids[rows, columns + 1]
     return torch.zeros(len(hidden), dtype=torch.int, device=device).index_add_(0, rows, wrong.int()) == 0
 
 

@@ -114,8 +114,11 @@ def step_memory(
     """Bytes of a step as a recipe has it: of the larger of its two batches, which run one after the other."""
     config = recipe.stages[stage]
     needs = []
+    tiles_a_row = recipe.pictures
+    if recipe.packed:
+        tiles_a_row = recipe.packed_tiles or recipe.image_seqlen // student.tokens_per_tile
     for rows, seqlen, tiles, slots in (
-        (config.image_batch, recipe.image_seqlen, config.image_batch * recipe.pictures, config.image_answer_tokens),
+        (config.image_batch, recipe.image_seqlen, config.image_batch * tiles_a_row, config.image_answer_tokens),
         (config.text_batch, recipe.text_seqlen, 0, config.text_answer_tokens),
     ):
         if rows:

@@ -14,6 +14,7 @@ from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole
 from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
 from distill.convert import make_student
+from distill.data.packed_stream import same_parts
 from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.kept import CONVERT, ORDER, Kept, whole_mixers
@@ -219,7 +220,13 @@ def _train(
             f"{name}: the checkpoint is of {len(checkpoint.rng)} processes, now there are {run.processes.world_size}; "
             "a step has as many batches as there are processes, so the run is not what it would have been"
         )
-    images = data.batches("image", name, start=start)
+    kept = checkpoint.streams if checkpoint else []
+    if kept and not same_parts(kept, run.processes.world_size, data.parts):
+        run.say(
+            f"{name}: other numbers of processes or workers made the checkpoint's packed rows; no sample comes twice, "
+            "but the run is not what it would have been"
+        )
+    images = data.batches("image", name, start=start, kept=kept)
     assert images is not None, "image_batch is above 0"
     return train(
         name,

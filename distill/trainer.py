@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from distill.checkpoints import Checkpoint, Checkpoints, rng_state, set_rng_state
 from distill.clock import Clock
 from distill.config import StageConfig
-from distill.data.batches import Batch
+from distill.data.packed_stream import Batches, PackedStream
 from distill.distributed import Processes
 from distill.faults import Interrupted, Interrupts, Watch, WeightedInputs, explain_memory
 from distill.inputs import prepare
@@ -43,8 +42,8 @@ def train(
     name: str,
     stage: Stage,
     config: StageConfig,
-    image_batches: Iterator[Batch],
-    text_batches: Iterator[Batch] | None,
+    image_batches: Batches,
+    text_batches: Batches | None,
     log_path: Path,
     *,
     graph: bool = False,
@@ -60,7 +59,7 @@ def train(
     compilation included, added to those before the checkpoint. Ctrl-C finishes the step first.
 
     Args:
-        image_batches, text_batches: those after the checkpoint's, if there is one.
+        image_batches, text_batches: those after the checkpoint's, if there is one; packed ones hold both.
         graph: capture the step as a CUDA graph.
         store: where checkpoints go, every `config.save_minutes` or `config.save_steps` and when interrupted.
         resume: what to go on from; every value is then what it would have been without the interruption.
@@ -100,7 +99,7 @@ def train(
                 monitor.move(progress)
                 if (save or stop) and store is not None:
                     watch.drain()
-                    _save(loop, clock, store, monitor, must=stop)
+                    _save(loop, clock, store, monitor, image_batches, must=stop)
                 if stop:
                     raise Interrupted(_how_to_go_on(name, loop.step, store))
                 if progress >= 1:
@@ -185,7 +184,7 @@ class _Loop:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
-    def checkpoint(self, facts: dict[str, object], elapsed_s: float) -> Checkpoint:
+    def checkpoint(self, facts: dict[str, object], elapsed_s: float, batches: Batches) -> Checkpoint:
         """The state after the last step; all processes must call it, only the main one's is whole."""
         needed = self.processes.is_main or is_sharded(self.parameters.values())
         return Checkpoint(
@@ -196,6 +195,7 @@ class _Loop:
             parameters=whole({name: p.data for name, p in self.parameters.items()}) if needed else {},
             optimizers=whole([optimizer.state_dict() for optimizer in self.optimizers]) if needed else [],
             rng=self.processes.gather(rng_state()),
+            streams=self.processes.gather(batches.position.plain()) if isinstance(batches, PackedStream) else [],
         )
 
     @torch.no_grad()
@@ -224,14 +224,14 @@ def _check(name: str, parameters: dict[str, nn.Parameter], config: StageConfig, 
         )
 
 
-def _save(loop: _Loop, clock: Clock, store: Checkpoints, monitor: Monitor, *, must: bool) -> None:
+def _save(loop: _Loop, clock: Clock, store: Checkpoints, monitor: Monitor, batches: Batches, *, must: bool) -> None:
     """Write a checkpoint. On a full disk the run goes on and tries again after the next interval, unless it `must`.
 
     Raises: OSError if it must and cannot.
     """
     if clock.saved_step == loop.step:
         return
-    checkpoint = loop.checkpoint(store.facts, clock.elapsed_s)
+    checkpoint = loop.checkpoint(store.facts, clock.elapsed_s, batches)
     clock.saved(loop.step)
     if not loop.processes.is_main:
         return
@@ -250,9 +250,7 @@ def _how_to_go_on(name: str, step: int, store: Checkpoints | None) -> str:
     return f"{name} stopped after step {step}, kept in {store.folder}; the same command goes on from there"
 
 
-def _next(
-    stage: Stage, config: StageConfig, image_batches: Iterator[Batch], text_batches: Iterator[Batch] | None
-) -> WeightedInputs:
+def _next(stage: Stage, config: StageConfig, image_batches: Batches, text_batches: Batches | None) -> WeightedInputs:
     every = stage.all_tokens
     image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, all_tokens=every)
     batches = [(1.0, image)]

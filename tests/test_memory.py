@@ -108,6 +108,15 @@ def test_the_larger_batch_of_a_recipe_counts() -> None:
     assert texts.activations > images.activations
 
 
+def test_tiles_of_packed_rows_count() -> None:
+    config = config_2_6b("linear")
+    recipe = Recipe.load("hovle-2.6b-linear")
+    fixed = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=24, checkpointing=True)
+    assert step_memory(recipe, "stage3", config) == fixed
+    most = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=32, checkpointing=True)
+    assert step_memory(replace(recipe, packed_tiles=None), "stage3", config) == most
+
+
 def config_2_6b(kind: str) -> ModelConfig:
     """The published size: 8 and 24 layers, 2,048 wide."""
     raw = copy.deepcopy(golden_config("post", "hovle"))

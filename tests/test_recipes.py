@@ -18,6 +18,7 @@ from mmmamba.config import ModelConfig
 from tests.helpers import golden_config
 
 GOOD = {"steps": 1, "lr": 0.1, "image_batch": 1, "text_batch": 0}
+PACKED = {"packed": True, "pictures": 1, "stages": {"stage1": GOOD}}
 
 
 def recipe(tmp_path: Path, **changes: Any) -> str:
@@ -72,6 +73,14 @@ def test_layer_types_of_a_recipe(tmp_path: Path) -> None:
             r"mine.yaml: softmax_layers \[38\] do not exist; the teacher has layers 0 to 37",
         ),
         ({"shape": {"num_layers": 2}, "softmax_layers": [0, 1]}, "mine.yaml: .*every layer, so nothing would train"),
+        ({"max_tiles": 12}, "max_tiles=12 needs rows that hold any number of tiles; set packed: true"),
+        ({"packed_tiles": 12}, "packed_tiles=12 needs rows that hold any number of tiles; set packed: true"),
+        ({"packed": "yes"}, "packed='yes' must be true or false"),
+        (PACKED | {"pictures": 2}, "pictures=2 and packed exclude each other: a packed row holds what fits"),
+        (PACKED | {"stages": {"teacher": GOOD}}, "packed is for students"),
+        (PACKED | {"packed_tiles": 12, "max_tiles": 12}, "packed_tiles=12 holds no picture of 13 tiles, thumbnail"),
+        (PACKED | {"stages": {"stage1": GOOD | {"text_batch": 1}}}, "stage1: text_batch=1, but packed rows hold text"),
+        (PACKED | {"stages": {"stage1": GOOD | {"image_batch": 2}}}, "stage1: image_batch=2 rows need equally many"),
         ({"image_seqlen": 0}, "mine.yaml: image_seqlen=0 must be a whole number above 0"),
         ({"stages": {"stage1": GOOD | {"steps": 0}}}, "mine.yaml: stage1: steps=0 trains nothing"),
         ({"stages": {"stage1": GOOD | {"lr": "1e-3"}}}, 'stage1: lr="1e-3" is text; write a number, with a point'),
@@ -160,7 +169,7 @@ def test_the_papers_recipes() -> None:
     assert (linear.softmax_layers, hybrid.softmax_layers) == ((), tuple(range(0, 32, 4)))
     for loaded in (linear, hybrid):
         assert loaded.shape == Shape(num_layers=32, hidden_size=2048, tile_px=448)
-        assert (loaded.image_seqlen, loaded.max_tiles) == (8192, 12)
+        assert (loaded.image_seqlen, loaded.max_tiles, loaded.packed) == (8192, 12, True)
         assert {name: stage.lr for name, stage in loaded.stages.items()} == {
             "stage1": 1e-3,
             "stage2": 5e-4,
