@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -30,6 +30,7 @@ from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
 from distill.scores import score
 from distill.streams import accepted, nlvr_folder, places
+from distill.tables import Measure, read_scores, scores_table
 from distill.text_kl import own_answers, text_kl
 from mmmamba.bundle import save_bundle
 from mmmamba.checkpoint import load_model
@@ -139,6 +140,12 @@ def run_eval(args: argparse.Namespace) -> None:
     print(json.dumps(brief))
 
 
+def run_table(args: argparse.Namespace) -> None:
+    """Print scores that `eval --out` wrote side by side, in Markdown."""
+    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).stem, entry) for entry in args.scores)
+    print(scores_table({name: read_scores(Path(path)) for name, path in named.items()}, args.measure), end="")
+
+
 def run_bundle(args: argparse.Namespace) -> None:
     """Store teacher and students together in few bits."""
     models = {}
@@ -206,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--all-tokens", action="store_true", help=about)
     _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
     _evaluation(_data(command("eval", run_eval)))
+    table = command("table", run_table)
+    table.add_argument("scores", nargs="+", metavar="NAME=FILE", help="a column each, the teacher's first")
+    table.add_argument("--measure", choices=get_args(Measure), default="exact", help="right: needs eval --decode")
     bundle = command("bundle", run_bundle)
     bundle.add_argument("out", type=Path)
     bundle.add_argument("models", nargs="+", metavar="NAME=DIR")

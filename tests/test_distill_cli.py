@@ -40,7 +40,7 @@ STAGE = {
     "image_answer_tokens": 20,
     "text_answer_tokens": 120,
 }
-COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "teacher", "bundle")
+COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "table", "teacher", "bundle")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from distill.evaluate import held_out_questions, judge
 from distill.failures import failures_table, write_failures
 from distill.nano import new_teacher
 from distill.scores import Failure, TaskScore, score
+from distill.tables import read_scores, scores_table
 from distill.tasks import Question, held_out
 from distill.text_kl import own_answers, text_kl
 from mmmamba.checkpoint import BUNDLED_DIR, load_model
@@ -194,3 +195,45 @@ def test_the_command_writes_counts_and_failures(
     assert report["text_kl"]["conversations"] >= 10
     assert brief["text_kl"] == round(report["text_kl"]["nats"], 4) > 0
     assert {f.name for f in (tmp_path / "wrong").iterdir()} == {"failures.md", "digits-1.webp", "shapes_exist-1.webp"}
+
+
+# --- tables ---
+
+
+def report_of(exact: int, right: int | None, **more: Any) -> dict[str, Any]:
+    tasks = {"digits": (10, exact, right), "flags": (20, 20, None if right is None else 20)}
+    return {"tasks": {t: {"count": n, "exact": e, "right": r, "left_out": 0} for t, (n, e, r) in tasks.items()}} | more
+
+
+def test_scores_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = report_of(8, 9, text_kl={"nats": 0.0625, "tokens": 900, "conversations": 12, "left_out": 0})
+    linear = report_of(6, 9, printed_text_cer={"rate": 0.125, "count": 50})
+    for name, report in (("teacher", teacher), ("linear", linear)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    main(["table", str(tmp_path / "teacher.json"), f"mine={tmp_path / 'linear.json'}"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| task | questions | teacher | mine |",
+        "| --- | ---: | ---: | ---: |",
+        "| digits | 10 | 80.0 | 60.0 |",
+        "| flags | 20 | 100.0 | 100.0 |",
+        "| **mean** |  | **90.0** | **80.0** |",
+        "| % of teacher |  | 100.0 | 88.9 |",
+        "| printed text, character error (%) | 50 |  | 12.5 |",
+        "| divergence from the base's talk (nats a token) | 900 | 0.062 |  |",
+    ]
+    assert "| digits | 10 | 90.0 | 90.0 |" in scores_table({"a": teacher, "b": linear}, "right")
+
+
+def test_scores_that_cannot_be_compared(tmp_path: Path) -> None:
+    one, other = report_of(8, None), report_of(8, 8)
+    other["tasks"]["digits"]["count"] = 11
+    with pytest.raises(ValueError, match="a and b were not asked the same: digits differ"):
+        scores_table({"a": one, "b": other})
+    with pytest.raises(ValueError, match="replies of a were not decoded; score it with --decode"):
+        scores_table({"a": one}, "right")
+    with pytest.raises(ValueError, match="a table needs at least one file"):
+        scores_table({})
+    for text in ("{", "[]", "{}", '{"tasks": {"digits": {"count": 3}}}'):
+        (tmp_path / "scores.json").write_text(text)
+        with pytest.raises(ValueError, match=r"scores.json .*`python -m distill eval --out`"):
+            read_scores(tmp_path / "scores.json")

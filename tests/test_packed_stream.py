@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -272,44 +275,80 @@ class Killed(Exception):
     """Stands for a run that ends without a word."""
 
 
+class KilledAfter:
+    """Ends a run when it has taken `left` more steps (below 0: never)."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.left = -1
+        self._next = trainer._next
+        patch.setattr(trainer, "_next", self)
+
+    def __call__(self, *args: Any) -> Any:
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        return self._next(*args)
+
+
+def run(folder: Path, out: str, meta: Path, workers: int, *, eval_count: int = 0) -> None:
+    """Everything that the recipe in the folder names, from the teacher in the folder."""
+    main(
+        [
+            *["run", "--recipe", str(folder / "tiny.yaml"), "--teacher", str(folder / "teacher")],
+            *["--tokenizer", str(BUNDLED_DIR), "--out", str(folder / out), "--data", f"own=internvl-all:{meta}"],
+            *["--log-file", str(folder / f"{out}.jsonl"), "--workers", str(workers), "--eval-count", str(eval_count)],
+            *["--no-compile", "--device", "cpu"],
+        ]
+    )
+
+
+def check_same(folder: Path) -> None:
+    """The unbroken run and the killed one left the same."""
+    files = sorted(path.name for path in (folder / "unbroken" / "stages").glob("*.safetensors"))
+    assert "stage1.safetensors" in files
+    for name in files:
+        one, two = (load_file(folder / out / "stages" / name) for out in ("unbroken", "killed"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[tensor], two[tensor]) for tensor in one), name
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_packed_run_goes_on_as_if_it_had_not_been_killed(
     workers: int, tmp_path: Path, meta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config()
-    monkeypatch.setattr("distill.nano.nano_config", lambda: config)
-    teacher = save_tiny_teacher(tmp_path / "teacher")
-    recipe = tiny_recipe(tmp_path)
-    taken = trainer._next
-    left = -1  # steps until it is killed
-
-    def counted(*args: Any) -> Any:
-        nonlocal left
-        if left == 0:
-            raise Killed
-        left -= 1
-        return taken(*args)
-
-    monkeypatch.setattr(trainer, "_next", counted)
-
-    def run(out: str) -> None:
-        main(
-            [
-                *["run", "--recipe", str(recipe), "--teacher", str(teacher), "--tokenizer", str(BUNDLED_DIR)],
-                *["--out", str(tmp_path / out), "--data", f"own=internvl-all:{meta}", "--workers", str(workers)],
-                *["--log-file", str(tmp_path / f"{out}.jsonl"), "--no-compile", "--device", "cpu", "--eval-count", "0"],
-            ]
-        )
-
-    run("unbroken")
-    assert left == -1 - 12
+    kill = KilledAfter(monkeypatch)
+    save_tiny_teacher(tmp_path / "teacher")
+    tiny_recipe(tmp_path)
+    run(tmp_path, "unbroken", meta, workers, eval_count=1)
+    assert kill.left == -1 - 12
     # In stage 1 after 3 steps of 4, in stage 2 after 2 and then 1 more, in stage 3 after 1.
-    for left in (3, 3, 1, 2):  # noqa: B007 (read by `counted`)
+    for kill.left in (3, 3, 1, 2):
         with pytest.raises(Killed):
-            run("killed")
-    left = -1
-    run("killed")
-    for stage in ("stage1", "stage2", "stage3"):
-        one, two = (load_file(tmp_path / out / "stages" / f"{stage}.safetensors") for out in ("unbroken", "killed"))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one), stage
+            run(tmp_path, "killed", meta, workers)
+    kill.left = -1
+    run(tmp_path, "killed", meta, workers)
+    check_same(tmp_path)
+
+
+def work(rank: int, port: int, folder: Path, meta: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill = KilledAfter(patch)
+        run(folder, "unbroken", meta, 1)
+        kill.left = 2
+        with pytest.raises(Killed):
+            run(folder, "killed", meta, 1)
+        kill.left = -1
+        run(folder, "killed", meta, 1)
+
+
+def test_two_processes_go_on_each_with_rows_of_its_own(tmp_path: Path, meta: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    save_tiny_teacher(tmp_path / "teacher")
+    tiny_recipe(tmp_path, stages={"stage1": STAGE})
+    mp.spawn(work, (port, tmp_path, meta), nprocs=2)
+    check_same(tmp_path)
