@@ -14,7 +14,7 @@ import torch
 
 from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.photos import Photos
-from distill.data.sample import Sample
+from distill.data.sample import Sample, Spelled
 from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, Question, held_out
 from mmmamba.model import MMMamba
 
@@ -65,7 +65,7 @@ def judge(
     model: MMMamba, rows: Rows, task: str, questions: Sequence[Question], *, batch_size: int = 64
 ) -> list[bool | None]:
     """For each question whether a greedy reply is the first of its right answers; None if it fits no row."""
-    made = [rows.row(Sample(q.image, ((q.question, q.answer.split(ALTERNATIVES)[0]),), task)) for q in questions]
+    made = [rows.row(Sample(q.image, ((q.question, _best(q.answer)),), task)) for q in questions]
     fitting = [row for row in made if row is not None]
     hits: list[bool] = []
     for start in range(0, len(fitting), batch_size):
@@ -92,3 +92,8 @@ def accuracy(
         if hits:
             result[task] = round(sum(hits) / len(hits), 4)
     return result
+
+
+def _best(answer: str) -> str:
+    """The first of several right answers, as it is written."""
+    return answer if isinstance(answer, Spelled) else answer.split(ALTERNATIVES)[0]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.data.sample import Spelled
 from distill.scores import Failure
 from distill.tasks import ALTERNATIVES
 
@@ -39,7 +40,7 @@ def failures_table(failures: Sequence[Failure], pictures: Sequence[str]) -> str:
     lines = ["| picture | task | question | right | reply |", "| --- | --- | --- | --- | --- |"]
     for failure, picture in zip(failures, pictures, strict=True):
         asked = failure.question
-        right = " / ".join(asked.answer.split(ALTERNATIVES))
+        right = asked.answer if isinstance(asked.answer, Spelled) else asked.answer.replace(ALTERNATIVES, " / ")
         cells = [f"![{failure.task}]({picture})", failure.task, *map(_cell, (asked.question, right, failure.reply))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.sample import IMAGE_TAG, Sample
+from distill.data.sample import IMAGE_TAG, Sample, Spelled
 from mmmamba.config import ModelConfig
 from mmmamba.image import IMAGENET_MEAN, IMAGENET_STD, MOST_TILES, cut_tiles
 from mmmamba.prompt import TURN_END, Turn, conversation_ids
@@ -152,14 +152,15 @@ def _turns(sample: Sample, num_tiles: Sequence[int]) -> list[Turn]:
     if not sample.placed:
         new_images = sample.new_images or (len(sample.images), *[0] * (len(sample.turns) - 1))
         return [
-            Turn(*turn, tuple(itertools.islice(left, count)))
-            for turn, count in zip(sample.turns, new_images, strict=True)
+            Turn(question, answer, tuple(itertools.islice(left, count)), spelled=isinstance(answer, Spelled))
+            for (question, answer), count in zip(sample.turns, new_images, strict=True)
         ]
     turns = []
     for question, answer in sample.turns:
         pieces = question.split(IMAGE_TAG)
         places = tuple(itertools.accumulate(len(piece) for piece in pieces[:-1]))
-        turns.append(Turn("".join(pieces), answer, tuple(itertools.islice(left, len(places))), places))
+        of_turn = tuple(itertools.islice(left, len(places)))
+        turns.append(Turn("".join(pieces), answer, of_turn, places, isinstance(answer, Spelled)))
     return turns
 
 

@@ -19,6 +19,15 @@ QA = tuple[str, str]  # question and answer
 IMAGE_TAG = "<image>"  # where an image stands in a question, if the sample says so
 
 
+class Spelled(str):
+    """An answer read off the picture. It is learned, and then written, in single characters.
+
+    What a letter looks like tells which token to write only if there is a token for it alone: a word's own tokens have
+    nothing in common with those of a word one letter longer, and a word never seen has none that was ever learned. This
+    is BPE-dropout (Provilkov et al., arXiv:1910.13267) at a rate of 1, for what has to be copied. The text is the same.
+    """
+
+
 @dataclass(frozen=True)
 class Sample:
     """One conversation, about one picture, several or none.
