@@ -36,6 +36,7 @@ from mmmamba.bundle import save_bundle
 from mmmamba.checkpoint import load_model
 from mmmamba.tokenizer import load_tokenizer
 
+TEXT_TOKENS = 96  # room for a held-out question and its answer, beside the picture
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -104,7 +105,9 @@ def run_export(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     """Score a model on held-out questions: exact matches, and with --base how far its talk is from its base's."""
     model = load_model(args.model, device=args.device)
-    rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
+    rows = Rows(
+        load_tokenizer(args.tokenizer), model.config, "image", seqlen=model.config.tokens_per_tile + TEXT_TOKENS
+    )
     where = places(args.data, photos=args.photos, text=args.text)
     photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
     named = accepted(held_out_questions, where.named) | {"nlvr": nlvr_folder(where.text)}

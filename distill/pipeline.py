@@ -119,8 +119,8 @@ def convert(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None =
         student = make_student(teacher, *types, seed=run.recipe.seed)
         kept.write(CONVERT, whole_mixers(student))
         run.say(f"{CONVERT}: {student.config.kind} student kept in {kept.path(CONVERT)}")
-        for name in LAYER_STAGES if layers_from is not None else ():
-            if name in run.recipe.stages:
+        for name in LAYER_STAGES:
+            if layers_from is not None and name in run.recipe.stages:
                 kept.adopt(name, layers_from, student)
                 run.say(f"{name}: taken from {layers_from}")
     run.processes.wait()

@@ -35,6 +35,7 @@ from mmmamba.checkpoint import BUNDLED_DIR
 from mmmamba.config import ModelConfig
 from mmmamba.image import tile_image
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
+from tests.reading import write_tar
 from tests.training import piece, save_tiny_teacher, tiny_config
 
 SIZES = ((56, 56), (120, 60), (60, 200), (300, 290), (90, 31))
@@ -138,6 +139,29 @@ def test_text_of_a_row_can_be_bounded(tokenizer: Tokenizer) -> None:
         Rows(tokenizer, config, seqlen=500, text_tokens=5)
     with pytest.raises(ValueError, match="max_tiles=65; use 1 to 64"):
         Rows(tokenizer, config, max_tiles=65)
+
+
+@pytest.mark.parametrize("kind", ["internvl-all", "webdataset"])
+def test_pictures_to_be_cut_are_decoded_in_full(kind: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A JPEG for one tile may come smaller; one that is cut would lose what its tiles are for."""
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), dtype=np.uint8))
+    large.save(tmp_path / "0.jpg")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    if kind == "webdataset":
+        files = {"a.jpg": (tmp_path / "0.jpg").read_bytes(), "a.json": json.dumps({"conversations": talk}).encode()}
+        write_tar(tmp_path / "0.tar", files)
+        place = f"{kind}:{tmp_path / '0.tar'}"
+    else:
+        (tmp_path / "own.jsonl").write_text(json.dumps({"image": "0.jpg", "conversations": talk}))
+        (tmp_path / "meta.json").write_text(json.dumps({"own": {"root": "", "annotation": "own.jsonl"}}))
+        place = f"{kind}:{tmp_path / 'meta.json'}"
+    recipe = Recipe.load(str(tiny_recipe(tmp_path)))
+    for max_tiles, size in ((4, (2000, 1000)), (1, (1000, 500))):
+        cut = replace(recipe, max_tiles=max_tiles)
+        data = Data(cut, places([f"own={place}"]), tokenizer, tiny_config(), workers=0, processes=Processes())
+        image = data.sources["image"][0][0].sample(0, 0).image
+        assert image is not None
+        assert image.size == size
 
 
 # --- streams ---
