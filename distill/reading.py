@@ -16,7 +16,7 @@ from distill.data.nlvr import Nlvr
 from distill.data.printed import Printed
 from distill.data.sample import rng_for
 from distill.data.shapes import NUMBERS
-from distill.replies import greedy_reply
+from distill.replies import greedy_replies
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import Tokenizer
 
@@ -86,11 +86,10 @@ def reads_right(task: str, predicted: str, answer: str) -> bool:
 def printed_error_rate(
     model: MMMamba, tokenizer: Tokenizer, count: int, seed: int = 0, *, fonts: str | Path | Fonts
 ) -> float:
-    """Character error rate of greedy replies to the questions of `printed_text`; decodes one after another."""
-    asked = reading_questions("printed_text", count, seed, fonts=fonts)
-    return character_error_rate(
-        (_plain(greedy_reply(model, tokenizer, image, question)), answer) for image, question, answer in asked
-    )
+    """Character error rate of greedy replies to the questions of `printed_text`."""
+    asked = list(reading_questions("printed_text", count, seed, fonts=fonts))
+    replies = greedy_replies(model, tokenizer, [(image, question) for image, question, _ in asked])
+    return character_error_rate((_plain(reply), answer) for reply, (_, _, answer) in zip(replies, asked, strict=True))
 
 
 def _plain(text: str) -> str:

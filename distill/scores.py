@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 from distill.data.batches import Rows
 from distill.evaluate import judge
-from distill.replies import greedy_reply
+from distill.replies import greedy_replies
 from distill.tasks import Question, is_right
 from mmmamba.model import MMMamba
+
+_FEWEST_AT_A_TIME = 8  # questions, in search of a few failures
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def score(
 
     Args:
         asked: tasks with their questions, see `evaluate.held_out_questions`.
-        decode: decode every reply that is not right to the letter, one after another, to see if it is right in other
-            words. Needed where several answers are right: names of photos, honest answers.
+        decode: decode every reply that is not right to the letter, to see if it is right in other words. Needed where
+            several answers are right: names of photos, honest answers.
         failure_count: wrong replies to collect for each task.
     """
     scores, failures = {}, list[Failure]()
@@ -61,15 +63,19 @@ def score(
         exact = judged.count(True)
         right = exact
         wrong: list[Failure] = []
-        for question, hit in zip(questions, judged, strict=True):
-            if hit is not False or not (decode or len(wrong) < failure_count):
-                continue
-            reply = greedy_reply(model, rows.tokenizer, question.image, question.question)
-            if is_right(task, reply, question.answer):
-                right += 1
-            elif len(wrong) < failure_count:
-                wrong.append(Failure(task, question, reply))
+        missed = [question for question, hit in zip(questions, judged, strict=True) if hit is False]
+        step = batch_size if decode else max(_FEWEST_AT_A_TIME, failure_count)
+        for start in range(0, len(missed), step):
+            if not decode and len(wrong) >= failure_count:
+                break
+            part = missed[start : start + step]
+            replies = greedy_replies(model, rows.tokenizer, [(q.image, q.question) for q in part])
+            for question, reply in zip(part, replies, strict=True):
+                if is_right(task, reply, question.answer):
+                    right += 1
+                else:
+                    wrong.append(Failure(task, question, reply))
         count = len(judged) - judged.count(None)
         scores[task] = TaskScore(count, exact, right if decode else None, judged.count(None))
-        failures += wrong
+        failures += wrong[:failure_count]
     return scores, failures

@@ -6,10 +6,8 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -392,16 +390,10 @@ def test_error_rate_of_a_model_counts_its_replies(font_pack: Path, monkeypatch: 
     """A model that reads everything but the last letter errs by one letter a text."""
     texts = {image.tobytes(): answer for image, _, answer in reading_questions("printed_text", 6, fonts=font_pack)}
 
-    class Reader:
-        def __init__(self, *_: object) -> None: ...
+    def read(model: object, tokenizer: object, asked: list[tuple[Image.Image, str]]) -> list[str]:
+        return [f'"{texts[image.tobytes()][:-1]}"' for image, _ in asked]
 
-        def ask(self, _: str, images: list[Image.Image], params: object) -> Iterator[SimpleNamespace]:
-            assert params.temperature == 0
-            text = texts[images[0].tobytes()]
-            yield SimpleNamespace(text=f'"{text[:-3]}')
-            yield SimpleNamespace(text=f'{text[-3:-1]}"')
-
-    monkeypatch.setattr("distill.reading.Conversation", Reader)
+    monkeypatch.setattr("distill.reading.greedy_replies", read)
     rate = printed_error_rate(None, None, 6, fonts=font_pack)
     assert rate == pytest.approx(6 / sum(map(len, texts.values())))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from distill.data.text import HELD_OUT_PERCENT, Conversations
 from distill.evaluate import held_out_questions, judge
 from distill.failures import failures_table, write_failures
 from distill.nano import new_teacher
+from distill.replies import greedy_replies
 from distill.scores import Failure, TaskScore, score
 from distill.tables import read_scores, scores_table
 from distill.tasks import Question, held_out
 from distill.text_kl import own_answers, text_kl
 from mmmamba.checkpoint import BUNDLED_DIR, load_model
+from mmmamba.conversation import Conversation
+from mmmamba.generate import SamplingParams
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
 from tests.training import save_tiny_base, save_tiny_teacher, tiny_config
@@ -130,11 +134,37 @@ def test_scores_and_failures(tokenizer: Tokenizer, teacher_dir: Path, monkeypatc
     assert all(f.reply for f in failures)
 
     replies = iter([asked["shapes_count"][0].answer.upper().rstrip("."), "Who knows?", *["?"] * 6])
-    monkeypatch.setattr("distill.scores.greedy_reply", lambda *args: next(replies))
+    monkeypatch.setattr("distill.scores.greedy_replies", lambda m, t, asked: [next(replies) for _ in asked])
     scores, failures = score(model, rows, asked.items(), decode=True, failure_count=1)
     assert scores == {"shapes_count": TaskScore(5, 0, 1, 0), "shapes_color": TaskScore(3, 0, 0, 0)}
     assert [f.reply for f in failures] == ["Who knows?", "?"]
     assert next(replies, None) is None, "not every wrong reply was decoded"
+
+
+@pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
+def test_replies_are_those_of_a_chat(
+    kind: str, tokenizer: Tokenizer, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model nobody trained never stops of itself; here every seventh token ends a reply, each at another length."""
+    for module in ("distill.replies", "mmmamba.conversation"):
+        monkeypatch.setattr(f"{module}.stop_token_ids", lambda *args: tuple(range(0, 49_152, 7)))
+    model = load_model(teacher_dir)
+    if kind != "teacher":
+        model = make_student(model, ("mamba2",) * 2, ("mamba2", "mha" if kind == "hybrid" else "mamba2"))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embedding.text" not in name:
+            parameter.data *= 6  # else it says one word on and on
+    questions = [q for task in ("shapes_count", "shapes_relation", "digits") for q in held_out(task, 4)]
+    wide = Image.new("RGB", (200, 50), "red")
+    asked = [*((q.image, q.question) for q in questions), (wide, questions[0].question)]
+    for max_dynamic_patch in (1, 4):
+        model.config = replace(model.config, max_dynamic_patch=max_dynamic_patch)
+        found = greedy_replies(model, tokenizer, asked, batch_size=3, max_new_tokens=12)
+        params = SamplingParams(temperature=0, max_new_tokens=12)
+        for (image, question), reply in zip(asked, found, strict=True):
+            events = Conversation(model, tokenizer).ask(question, [image], params)
+            assert reply == "".join(event.text for event in events)
+    assert len({len(tokenizer.encode(reply)) for reply in found}) > 2
 
 
 def test_what_fits_no_row_is_not_asked(tokenizer: Tokenizer, teacher_dir: Path) -> None:
