@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,21 @@ def test_teacher_student_bundle_and_eval(
     for name in ("teacher", "convert", "stage1", "stage2", "stage3"):
         assert f"{name}: taken from" in said
     assert (at_once / "stages" / "stage1.safetensors").stat().st_mtime_ns == trained_at
+
+    # A hybrid of the same teacher takes the layers that were trained for the linear one.
+    hybrid = tiny_recipe(tmp_path, name="hybrid", softmax_layers=[0, 3], image_seqlen=160, image_sources=sources)
+    mixed = ["run", *common(tmp_path, hybrid), *options[10:], "--layers-from", str(at_once)]
+    main([*mixed, *teacher_at, "--out", str(tmp_path / "mixed")])
+    assert "stage2: taken from" in capsys.readouterr().out
+    assert load_model(tmp_path / "mixed").config.kind == "hybrid"
+    taken, whole = (load_file(out / "stages" / "stage2.safetensors") for out in (tmp_path / "mixed", at_once))
+    assert taken.keys() < whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in taken.items())
+    wide = tiny_config()
+    wide = replace(wide, language=replace(wide.language, rope_theta=5.0))
+    other = ["--teacher", str(save_tiny_teacher(tmp_path / "other", wide)), "--out", str(tmp_path / "no")]
+    with pytest.raises(ValueError, match=r"stage1.safetensors is of another student's teacher"):
+        main([*mixed, *other])
 
     assert linear.config.kind == "linear"
     assert torch.equal(linear.embedding.text.weight, teacher.embedding.text.weight)
