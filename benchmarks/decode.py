@@ -72,7 +72,7 @@ class Side(Protocol):
 
 
 class OurSide:
-    """Any model of this project, by the plain decoder."""
+    """Any model of this project, as `decode_one_token` runs it."""
 
     def __init__(self, model: MMMamba, name: str, weights: str, batch: int, piece_size: int) -> None:
         self.model, self.name, self.weights = model, name, weights

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
         print(f"relative error of a weight: {mean:.2%} on average, {errors[worst]:.2%} at most ({worst})")
+    elif quantizer.scheme.method == "packed":
+        print("nothing was rounded: every weight is stored on a grid of this scheme already")
     return 0
 
 

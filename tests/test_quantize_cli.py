@@ -47,6 +47,13 @@ def test_a_checkpoint_that_chats(
     assert capsys.readouterr().err == ""
 
 
+def test_a_model_that_was_trained_on_the_grid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, err = run(capsys, "nano-linear", tmp_path, "--scheme", "int4")
+    assert (status, err) == (0, "")
+    assert out.endswith("nothing was rounded: every weight is stored on a grid of this scheme already\n")
+    assert metadata(tmp_path / "model.safetensors")["source"] == "nano-linear"
+
+
 def test_dtype_is_that_of_what_stays(capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path) -> None:
     argv = (tiny_dir, tmp_path, "--scheme", "int8", "--dtype", "bfloat16")
     assert run(capsys, *argv)[0] == 0
