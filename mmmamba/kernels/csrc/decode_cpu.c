@@ -1,9 +1,8 @@
 /* One token through a stack of Mamba-2 layers on the CPU; built by mmmamba/kernels/native.py, which is where to read on.
 
-A token reads every weight once (product.h), so the time is that of memory as long as unpacking keeps up. In a token every
-thread (team.h) owns the same rows of every product, so that what follows a product row by row (convolution, SiLU,
-residual) needs no waiting: five barriers a layer. What is small (norms, rounding of activations) every thread does for
-itself instead of waiting for another. */
+A token reads every weight once (product.h), so the time is that of memory as long as unpacking keeps up. Threads (team.h)
+take pieces of a product's rows, and what follows row by row (convolution, SiLU, residual) with them: five phases a layer.
+What is small (norms, rounding of activations) every thread does for itself instead of waiting for another. */
 
 #include <stdlib.h>
 
@@ -117,63 +116,83 @@ static void advance_state(const Step *s, const Layer *m, float *state, int first
     }
 }
 
-static void run_layer(Step *s, const Layer *m, int index, Own *own, int t, int threads) {
-    int hidden = s->model->hidden_size, dim = m->head_dim;
+static void run_layer(Step *s, const Layer *m, int index, Own *own, Phase *p) {
+    int hidden = s->model->hidden_size, dim = m->head_dim, width = m->num_heads * dim, first, last;
     float *x = s->x;
-    rms_norm(x, m->mixer_norm, m->norm_eps, hidden, own->normed);
-    prepare(&own->a, &m->in_proj, own->normed);
-    project_in(s, m, own, s->conv_states[index], cut(m->in_proj.rows, t, threads), cut(m->in_proj.rows, t + 1, threads));
-    meet(&s->job);
-    int width = m->num_heads * dim;
-    advance_state(s, m, s->ssm_states[index], cut(width, t, threads), cut(width, t + 1, threads));
-    meet(&s->job);
-    const float *gate = s->wide + width + 2 * m->num_kv_heads * dim;
-    for (int head = 0; head < m->num_heads; head++) {
-        int at = head * dim;
-        rms_norm(s->y + at, m->gate_norm, m->gate_eps, dim, own->normed + at);
-        for (int i = 0; i < dim; i++) own->normed[at + i] *= gate[at + i];
+    if (begin(p, m->in_proj.rows)) {
+        rms_norm(x, m->mixer_norm, m->norm_eps, hidden, own->normed);
+        prepare(&own->a, &m->in_proj, own->normed);
+        for (; take(p, &first, &last); finish(p)) project_in(s, m, own, s->conv_states[index], first, last);
     }
-    prepare(&own->a, &m->out_proj, own->normed);
-    int first = cut(hidden, t, threads), last = cut(hidden, t + 1, threads);
-    float *out = own->normed; /* read no more: its rounded copy is what the product takes, unless weights are floats */
-    if (m->out_proj.kind < BITS4) out = own->normed + s->model->max_cols;
-    product(&m->out_proj, &own->a, first, last, out);
-    for (int r = first; r < last; r++) x[r] += out[r];
-    meet(&s->job);
+    meet(p);
+    begin(p, width);
+    for (; take(p, &first, &last); finish(p)) advance_state(s, m, s->ssm_states[index], first, last);
+    meet(p);
+    /* Products of integers take a rounded copy of what was normed; only those of floats must not write over it. */
+    float *out = own->normed + s->model->max_cols;
+    if (begin(p, hidden)) {
+        const float *gate = s->wide + width + 2 * m->num_kv_heads * dim;
+        for (int head = 0; head < m->num_heads; head++) {
+            int at = head * dim;
+            rms_norm(s->y + at, m->gate_norm, m->gate_eps, dim, own->normed + at);
+            for (int i = 0; i < dim; i++) own->normed[at + i] *= gate[at + i];
+        }
+        prepare(&own->a, &m->out_proj, own->normed);
+        for (; take(p, &first, &last); finish(p)) {
+            product(&m->out_proj, &own->a, first, last, out);
+            for (int r = first; r < last; r++) x[r] += out[r];
+        }
+    }
+    meet(p);
 
-    rms_norm(x, m->mlp_norm, m->norm_eps, hidden, own->normed);
-    prepare(&own->a, &m->w1, own->normed);
-    int rows = m->w1.rows, one = cut(rows, t, threads), end = cut(rows, t + 1, threads);
-    product(&m->w1, &own->a, one, end, s->wide);
-    if (m->w3.kind != m->w1.kind || m->w3.group != m->w1.group) prepare(&own->a, &m->w3, own->normed);
-    product(&m->w3, &own->a, one, end, s->y);
-    for (int r = one; r < end; r++) s->wide[r] = silu(s->wide[r]) * s->y[r];
-    meet(&s->job);
-    prepare(&own->a, &m->w2, s->wide);
-    product(&m->w2, &own->a, first, last, out);
-    for (int r = first; r < last; r++) x[r] += out[r];
-    meet(&s->job);
+    if (begin(p, m->w1.rows)) {
+        int alike = m->w3.kind == m->w1.kind && m->w3.group == m->w1.group;
+        rms_norm(x, m->mlp_norm, m->norm_eps, hidden, own->normed);
+        prepare(&own->a, &m->w1, own->normed);
+        for (; take(p, &first, &last); finish(p)) {
+            product(&m->w1, &own->a, first, last, s->wide);
+            if (!alike) prepare(&own->a, &m->w3, own->normed);
+            product(&m->w3, &own->a, first, last, s->y);
+            if (!alike) prepare(&own->a, &m->w1, own->normed);
+            for (int r = first; r < last; r++) s->wide[r] = silu(s->wide[r]) * s->y[r];
+        }
+    }
+    meet(p);
+    if (begin(p, hidden)) {
+        prepare(&own->a, &m->w2, s->wide);
+        for (; take(p, &first, &last); finish(p)) {
+            product(&m->w2, &own->a, first, last, out);
+            for (int r = first; r < last; r++) x[r] += out[r];
+        }
+    }
+    meet(p);
 }
 
 static void run_step(Job *job, int t) {
     Step *s = (Step *)job;
     const Model *m = s->model;
-    int threads = job->threads;
+    Phase phase = {.job = job}, *p = &phase;
+    int first, last;
     Own own;
     place_activation(&own.a, s->scratch + t * s->scratch_size, m->max_cols);
     own.normed = s->scratch + t * s->scratch_size + activation_size(m->max_cols);
     for (int i = 0; i < m->num_layers; i++) {
         if (i && i == m->normalize_after) {
-            float inverse = 1.f / sqrtf(sum_of_squares(s->x, m->hidden_size));
-            meet(job); /* everybody has the sum before anybody writes */
-            for (int r = cut(m->hidden_size, t, threads); r < cut(m->hidden_size, t + 1, threads); r++) s->x[r] *= inverse;
-            meet(job);
+            begin(p, 1); /* one piece: x is read in full before it is written */
+            for (; take(p, &first, &last); finish(p)) {
+                float inverse = 1.f / sqrtf(sum_of_squares(s->x, m->hidden_size));
+                for (int r = 0; r < m->hidden_size; r++) s->x[r] *= inverse;
+            }
+            meet(p);
         }
-        run_layer(s, m->layers + i, i, &own, t, threads);
+        run_layer(s, m->layers + i, i, &own, p);
     }
-    rms_norm(s->x, m->final_norm, m->final_eps, m->hidden_size, own.normed);
-    prepare(&own.a, &m->head, own.normed);
-    product(&m->head, &own.a, cut(m->head.rows, t, threads), cut(m->head.rows, t + 1, threads), s->logits);
+    if (begin(p, m->head.rows)) {
+        rms_norm(s->x, m->final_norm, m->final_eps, m->hidden_size, own.normed);
+        prepare(&own.a, &m->head, own.normed);
+        for (; take(p, &first, &last); finish(p)) product(&m->head, &own.a, first, last, s->logits);
+    }
+    meet(p);
 }
 
 /* Feed one token: x (hidden_size) is its embedding and is overwritten; states advance in place; logits (vocab_size).
@@ -211,12 +230,16 @@ typedef struct {
 static void run_product(Job *job, int t) {
     Product *p = (Product *)job;
     int cols = p->m->cols;
+    Phase phase = {.job = job};
+    int first, last;
     Activation a;
     place_activation(&a, p->scratch + t * activation_size(cols), cols);
-    for (int i = 0; i < p->num_rows; i++) {
-        prepare(&a, p->m, p->x + (size_t)i * cols);
-        product(p->m, &a, cut(p->m->rows, t, job->threads), cut(p->m->rows, t + 1, job->threads), p->y + (size_t)i * p->m->rows);
-    }
+    for (int i = 0; i < p->num_rows; i++)
+        if (begin(&phase, p->m->rows)) {
+            prepare(&a, p->m, p->x + (size_t)i * cols);
+            for (; take(&phase, &first, &last); finish(&phase)) product(p->m, &a, first, last, p->y + (size_t)i * p->m->rows);
+        }
+    meet(&phase);
 }
 
 /* y (num_rows, rows) = x (num_rows, cols) times the weight; for few rows, the weight is read once for each.
@@ -230,24 +253,29 @@ int mmmamba_product(const Linear *m, const float *x, int num_rows, float *y, int
     return 0;
 }
 
+static void unpack_group(const Linear *m, size_t index, float *y) {
+    size_t at = index * m->group;
+    float scale = half_to_float(m->scales[index]), zero = half_to_float(m->zeros[index]), *out = y + at;
+    const uint8_t *w = (const uint8_t *)m->weight + (m->kind == BITS4 ? at / 2 : at);
+    if (m->kind == BITS4)
+        for (int i = 0; i < m->group / 2; i++) {
+            out[2 * i] = zero + scale * (float)(w[i] & 15);
+            out[2 * i + 1] = zero + scale * (float)(w[i] >> 4);
+        }
+    else
+        for (int i = 0; i < m->group; i++) out[i] = zero + scale * (float)w[i];
+}
+
 static void run_unpack(Job *job, int t) {
     Product *p = (Product *)job;
     const Linear *m = p->m;
-    int groups = m->cols / m->group;
-    for (int r = cut(m->rows, t, job->threads); r < cut(m->rows, t + 1, job->threads); r++)
-        for (int g = 0; g < groups; g++) {
-            size_t at = (size_t)r * m->cols + (size_t)g * m->group;
-            float scale = half_to_float(m->scales[(size_t)r * groups + g]);
-            float zero = half_to_float(m->zeros[(size_t)r * groups + g]), *out = p->y + at;
-            const uint8_t *w = (const uint8_t *)m->weight + (m->kind == BITS4 ? at / 2 : at);
-            if (m->kind == BITS4)
-                for (int i = 0; i < m->group / 2; i++) {
-                    out[2 * i] = zero + scale * (float)(w[i] & 15);
-                    out[2 * i + 1] = zero + scale * (float)(w[i] >> 4);
-                }
-            else
-                for (int i = 0; i < m->group; i++) out[i] = zero + scale * (float)w[i];
-        }
+    int groups = m->cols / m->group, first, last;
+    Phase phase = {.job = job};
+    (void)t;
+    begin(&phase, m->rows);
+    for (; take(&phase, &first, &last); finish(&phase))
+        for (size_t i = (size_t)first * groups; i < (size_t)last * groups; i++) unpack_group(m, i, p->y);
+    meet(&phase);
 }
 
 /* The weight in float32, (rows, cols). */

@@ -1,4 +1,9 @@
-/* A team of threads that lives on between jobs, and meets at barriers within one. */
+/* A team of threads that lives on between jobs. A job goes through phases; in a phase threads take pieces of its rows
+until none is left, and go on when all are finished. So nobody waits for a thread that the system has put aside, unless
+it was in the middle of a piece: on a machine that does other work too, static shares would cost a token many such waits.
+
+A thread that comes late finds the pieces of the phases before taken, and passes. What it computes for itself on the way
+may come from numbers that others are writing by then; it is used for pieces alone, of which it gets none. */
 #pragma once
 
 #include <pthread.h>
@@ -16,15 +21,10 @@
 
 enum { MAX_THREADS = 64 };
 
-typedef struct {
-    atomic_int waiting;
-    atomic_int turn;
-} Barrier;
-
 typedef struct Job {
     void (*run)(struct Job *, int thread);
     int threads;
-    Barrier barrier;
+    atomic_int taken, finished; /* pieces, of all phases so far */
 } Job;
 
 static struct {
@@ -32,8 +32,8 @@ static struct {
     pthread_cond_t wake;
     Job *job;
     atomic_uint turn; /* jobs so far times 2 MAX_THREADS, plus the threads of the last: both must be seen at once */
-    atomic_int done;
-    unsigned birth;
+    atomic_uint open; /* the turn whose job may be entered, or 0 */
+    atomic_int inside;
     int started;
     pid_t process; /* after a fork the threads are gone */
 } team;
@@ -53,20 +53,44 @@ __attribute__((constructor)) static void new_team(void) {
         else sched_yield();                     \
     }
 
-static void meet(Job *job) {
-    if (job->threads == 1) return;
-    int turn = atomic_load_explicit(&job->barrier.turn, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&job->barrier.waiting, 1, memory_order_acq_rel) == job->threads - 1) {
-        atomic_store_explicit(&job->barrier.waiting, 0, memory_order_relaxed);
-        atomic_store_explicit(&job->barrier.turn, turn + 1, memory_order_release);
-    } else {
-        WAIT_WHILE(atomic_load_explicit(&job->barrier.turn, memory_order_acquire) == turn)
-    }
+/* Where a thread is in a job. */
+typedef struct {
+    Job *job;
+    int start, end; /* pieces before this phase, and with it */
+    int rows, size; /* of the phase, and of a piece */
+} Phase;
+
+/* Go on to a phase over `rows`. Returns 0 if no piece is left, so nothing need be prepared. */
+static int begin(Phase *p, int rows) {
+    int threads = p->job->threads, size = threads == 1 ? rows : rows / (4 * threads);
+    size = threads == 1 ? rows : size > 1024 ? 1024 : (size + 15) & ~15; /* whole cache lines: no two threads write to one */
+    p->size = size < 16 ? 16 : size;
+    p->rows = rows;
+    p->start = p->end;
+    p->end += (rows + p->size - 1) / p->size;
+    return atomic_load_explicit(&p->job->taken, memory_order_acquire) < p->end;
+}
+
+static int take(Phase *p, int *first, int *last) {
+    int piece = atomic_load_explicit(&p->job->taken, memory_order_acquire);
+    while (piece < p->end)
+        if (atomic_compare_exchange_weak_explicit(&p->job->taken, &piece, piece + 1, memory_order_acq_rel, memory_order_acquire)) {
+            *first = (piece - p->start) * p->size;
+            *last = *first + p->size < p->rows ? *first + p->size : p->rows;
+            return 1;
+        }
+    return 0;
+}
+
+static void finish(Phase *p) { atomic_fetch_add_explicit(&p->job->finished, 1, memory_order_acq_rel); }
+
+static void meet(Phase *p) {
+    WAIT_WHILE(atomic_load_explicit(&p->job->finished, memory_order_acquire) < p->end)
 }
 
 static void *worker(void *argument) {
     int thread = (int)(intptr_t)argument;
-    unsigned seen = team.birth;
+    unsigned seen = 0;
     for (;;) {
         /* The next token comes soon: sleeping and waking would cost more than a short wait. */
         for (int i = 0; i < 3000 && atomic_load_explicit(&team.turn, memory_order_acquire) == seen; i++) PAUSE();
@@ -76,9 +100,10 @@ static void *worker(void *argument) {
             pthread_mutex_unlock(&team.lock);
         }
         seen = atomic_load_explicit(&team.turn, memory_order_acquire);
-        if (thread < (int)(seen % (2 * MAX_THREADS))) { /* the caller waits for these: `job` is still there */
-            team.job->run(team.job, thread);
-            atomic_fetch_add_explicit(&team.done, 1, memory_order_release);
+        if (thread < (int)(seen % (2 * MAX_THREADS))) {
+            atomic_fetch_add(&team.inside, 1); /* from here on the caller waits: what is open now, stays */
+            if (atomic_load(&team.open) == seen) team.job->run(team.job, thread);
+            atomic_fetch_sub(&team.inside, 1);
         }
     }
     return NULL;
@@ -87,7 +112,6 @@ static void *worker(void *argument) {
 static void run_job(Job *job) {
     if (team.process != getpid()) new_team();
     pthread_mutex_lock(&team.caller);
-    team.birth = atomic_load(&team.turn);
     while (team.started < job->threads - 1) {
         pthread_t id;
         if (pthread_create(&id, NULL, worker, (void *)(intptr_t)(team.started + 1))) {
@@ -99,22 +123,17 @@ static void run_job(Job *job) {
     }
     if (job->threads > 1) {
         team.job = job;
-        atomic_store(&team.done, 0);
         unsigned jobs = atomic_load(&team.turn) / (2 * MAX_THREADS) + 1;
         pthread_mutex_lock(&team.lock);
-        atomic_store(&team.turn, jobs * (2 * MAX_THREADS) + (unsigned)job->threads);
+        atomic_store(&team.open, jobs * (2 * MAX_THREADS) + (unsigned)job->threads);
+        atomic_store(&team.turn, atomic_load(&team.open));
         pthread_cond_broadcast(&team.wake);
         pthread_mutex_unlock(&team.lock);
     }
     job->run(job, 0);
-    WAIT_WHILE(atomic_load_explicit(&team.done, memory_order_acquire) < job->threads - 1 && job->threads > 1)
+    atomic_store(&team.open, 0); /* everything is done: who has not come yet need not */
+    WAIT_WHILE(atomic_load(&team.inside) > 0)
     pthread_mutex_unlock(&team.caller);
 }
 
 static inline int allowed_threads(int wanted) { return wanted < 1 ? 1 : wanted > MAX_THREADS ? MAX_THREADS : wanted; }
-
-/* Rows of thread `t`. Cuts lie at multiples of 16: no two threads write to one cache line. */
-static inline int cut(int rows, int t, int threads) {
-    if (t == threads) return rows;
-    return (int)((int64_t)rows * t / threads) & ~15;
-}
