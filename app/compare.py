@@ -181,7 +181,6 @@ class Watch:
     """Notes the moments of one answer as its replies come by."""
 
     started_s: float
-    first_s: float | None = None
     seen_s: list[float] = field(default_factory=list)
     contexts: list[int] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
@@ -190,8 +189,6 @@ class Watch:
     def see(self, reply: Reply, now_s: float) -> None:
         metrics = reply.metrics
         if metrics.num_tokens > self.last.metrics.num_tokens:
-            if self.first_s is None and metrics.ttft_ms is not None:
-                self.first_s = self.started_s + metrics.resumed.ms / 1e3 + metrics.ttft_ms / 1e3
             self.seen_s.append(now_s)
             self.contexts.append(metrics.text_tokens + metrics.image_tokens)
             self.memory.append((self.contexts[-1], metrics.recurrent_bytes + metrics.cache_bytes))
@@ -199,9 +196,8 @@ class Watch:
 
     @property
     def token_s(self) -> tuple[float, ...]:
-        """When each token was there. A reply comes by after its token was also fed back: at that moment the next one
-        is known, so a reply's time is that of the token after it."""
-        return () if self.first_s is None else (self.first_s, *self.seen_s[:-1])
+        """When each token was there: a reply comes by before its token is fed back."""
+        return tuple(self.seen_s)
 
     def trace(self, peak_bytes: int) -> Trace:
         metrics = self.last.metrics
