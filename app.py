@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         server_port=args.port,
         share=args.share,
         inbrowser=args.open and screen,
-        **launch_options(),
+        **launch_options(engine),
     )
 
 

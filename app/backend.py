@@ -271,7 +271,16 @@ class MMMambaBackend:
             greedy=settings.greedy,
         )
         inputs = ModelInputs(torch.tensor([ids]), torch.cat(list(tiles)) if tiles else None)
-        return stream(self.model, self.tokenizer, inputs, state, params, stop_token_ids=self.stop_ids, cancel=cancel)
+        return stream(
+            self.model,
+            self.tokenizer,
+            inputs,
+            state,
+            params,
+            stop_token_ids=self.stop_ids,
+            stop_strings=settings.stop,
+            cancel=cancel,
+        )
 
     def peak_memory(self) -> Callable[[], int]:
         from mmmamba.memory import current_memory_bytes, peak_memory_bytes, reset_peak_memory

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from app.chat import Chat
-from app.engine import Cancelled, Engine, Request
+from app.engine import Engine
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, MIN_GAP_S, STOP_GRACE_S, Reply
 from app.metrics import Agreement, Figures, Trace, agreement, figures, smooth
 from app.models import TEACHERS
 from app.settings import Settings
+from app.turns import Cancelled, Request
 
 KINDS = dict.fromkeys(TEACHERS.values(), "teacher") | {
     name: "hybrid" if name.endswith("hybrid") else "linear" for name in TEACHERS
@@ -71,6 +72,7 @@ class Compare:
         self.engine = engine
         self.chats = {name: Chat(engine.chats.states) for name in names}
         self.sides = {name: Side(Path(name).name, KINDS.get(name, "")) for name in names}
+        self.busy = False
         self._cancel = threading.Event()
         self._changed = threading.Condition()
 
@@ -82,13 +84,14 @@ class Compare:
 
         Raises: EngineError for a message over a limit. A fault of one model is told in its `note`.
         """
-        settings = self.engine.checked(text, images, settings)
+        settings = self.engine.limits.checked(text, images, settings)
         cancel = self._cancel = threading.Event()
         for name, side in self.sides.items():
             self.sides[name] = replace(side, stage="waiting", text="", note="", trace=None)
         ended = threading.Event()
         job = self.engine.submit(lambda: self._steps(text, tuple(images), settings, cancel, ended), owner=self)
         view = Comparison(text, tuple(images), ())
+        self.busy = True
         try:
             while True:
                 over = ended.wait(MIN_GAP_S)
@@ -105,6 +108,8 @@ class Compare:
                 if cancel.is_set() and (self.engine.lane.drop(job) or not ended.wait(STOP_GRACE_S)):
                     ended.set()  # a long prefill ends out of sight
         finally:
+            if cancel is self._cancel:
+                self.busy = False
             cancel.set()
             self.engine.lane.drop(job)
 
@@ -156,7 +161,7 @@ class Compare:
                     memory=thin((*before.memory, *watch.memory)),
                 )
 
-            self.engine.turn(backend, chat, request, settings, cancel, put)
+            self.engine.turns.answer(backend, chat, request, settings, cancel, put)
             self._show(cancel, name, stage="done")
         except Cancelled:
             self._show(cancel, name, stage="done")

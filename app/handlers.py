@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ import gradio as gr
 
 from app import saving, views
 from app.boxes import draw_places, find_places
-from app.chat import Chat, Key, Metrics, Turn, new_session_id
-from app.engine import Engine, EngineError, Reply, Settings, open_image
+from app.chat import Chat, Metrics, Turn
+from app.engine import Engine, EngineError, Reply, Settings
 from app.options import Options
 from app.scratch import scratch_folder
+from app.sessions import Key
+from app.turns import open_image
 from app.video import Frames, pictures
 
 log = logging.getLogger(__name__)
@@ -259,57 +260,6 @@ class Handlers:
             log.exception("switching the model failed")
             fault = UNEXPECTED
         yield gr.Button(interactive=True), self.status(), views.notice(fault)
-
-    # The endpoint
-
-    def chat(
-        self,
-        message: dict[str, Any] | None,
-        session_id: str = "",
-        temperature: float = 0.3,
-        top_p: float = 0.9,
-        max_new_tokens: float = 256,
-        max_tiles: float = 0,
-        greedy: bool = False,
-        seed: float | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Ask about images, or go on with a conversation; streams the answer.
-
-        Each update holds the whole answer so far: {"text", "finish_reason" (null until the last update, then "stop",
-        "length" or "cancel"), "metrics" ("ttft_ms", "tok_per_sec", "num_tokens", "num_tiles", "text_tokens",
-        "image_tokens", "state_bytes"), "session_id" (pass it with the next message to go on)}.
-        """
-        text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        chat: Chat | None = None
-        try:
-            settings = {
-                "temperature": temperature,
-                "top_p": top_p,
-                "max_new_tokens": max_new_tokens,
-                "max_tiles": max_tiles,
-                "greedy": greedy,
-                "seed": seed,
-            }
-            session_id = str(session_id or "").strip()
-            chat = self.engine.chats.get(("api", session_id)) if session_id else None
-            if session_id and chat is None:
-                raise EngineError(
-                    "This session_id is not known: it has ended or was unused for long. Leave it empty to start anew."
-                )
-            if chat is None:
-                session_id = new_session_id()
-                chat = self.engine.chats.new(("api", session_id))
-            for reply in self.engine.reply(chat, text, files, Settings.from_dict(settings)):
-                yield {
-                    "text": reply.text,
-                    "finish_reason": reply.finish_reason,
-                    "metrics": asdict(reply.metrics),
-                    "session_id": session_id,
-                }
-        except EngineError as error:
-            if chat is not None and not chat.turns:
-                self.engine.chats.drop(("api", session_id))
-            raise gr.Error(str(error), print_exception=False) from error
 
 
 def turn_index(index: int | tuple[int, ...] | list[int]) -> int:

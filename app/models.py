@@ -126,7 +126,8 @@ class Models(Status):
         try:
             if need is not None and not need.fits:
                 raise EngineError(
-                    f'"{name}" {need}: it does not fit. Choose a smaller model or precision, or close other programs.'
+                    f'"{name}" {need}: it does not fit. Choose a smaller model or precision, or close other programs.',
+                    blame="server",
                 )
             backend = self._loader(model, self.device, dtype, progress, tuple(self._loaded.values()))
         except EngineError as error:
@@ -137,7 +138,7 @@ class Models(Status):
             reason = str(error) if isinstance(error, OSError) else plain(error)
             note = f"could not be loaded: {without_folders(reason)}"
             self._failed(note)
-            raise EngineError(f'The model "{name}" {note}') from error
+            raise EngineError(f'The model "{name}" {note}', blame="server") from error
         self.status = LoadStatus("ready", 1.0, "")
         return backend
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import panel, views
+from app import endpoints, panel, views
 from app.backend import DTYPES
 from app.chat import Metrics
-from app.engine import Engine, Limits, Settings
+from app.engine import Engine
 from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.keeping import Keeping
 from app.models import TEACHERS, sides_of
+from app.openai_api import OpenAIAPI
 from app.options import Options
 from app.theme import CSS_PATH, theme
 from app.video import EXTENSIONS
@@ -94,7 +96,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
                     panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
         demo.unload(handlers.forget)
         demo.unload(compare.forget)
-        _endpoint(handlers, engine.limits)
+        endpoints.layout(endpoints.Endpoints(engine, sides, page.contexts), engine.limits)
         timer = gr.Timer(0.5)
         timer.tick(handlers.tick, None, [status, timer], queue=False, **PRIVATE)
     demo.queue(max_size=64, default_concurrency_limit=24)
@@ -238,33 +240,12 @@ def _add_picture(picture: str | None, message: dict[str, Any] | None) -> Any:
     return box_open(message.get("text") or "", [*(message.get("files") or []), picture])
 
 
-def _endpoint(handlers: Handlers, limits: Limits) -> None:
-    """`/chat` for scripts. Components of its own: they check the files' types and the numbers' ranges on the server."""
-    default = Settings()
-    hidden: dict[str, Any] = {"visible": False}
-    inputs = [
-        gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden),
-        gr.Textbox("", label="session_id", **hidden),
-        gr.Slider(0, 2, default.temperature, label="temperature", **hidden),
-        gr.Slider(0.01, 1, default.top_p, label="top_p", **hidden),
-        gr.Slider(
-            1,
-            limits.max_new_tokens,
-            min(default.max_new_tokens, limits.max_new_tokens),
-            label="max_new_tokens",
-            **hidden,
-        ),
-        gr.Slider(0, limits.max_tiles, default.max_tiles, label="max_tiles", **hidden),
-        gr.Checkbox(default.greedy, label="greedy", **hidden),
-        gr.Number(None, label="seed", **hidden),
-    ]
-    answer = gr.JSON(label="answer", **hidden)
-    gr.Button(**hidden).click(handlers.chat, inputs, answer, api_name="chat", api_visibility="public")
-
-
-def launch_options() -> dict[str, Any]:
-    """Arguments of `launch` that belong to the page rather than to the machine it runs on."""
+def launch_options(engine: Engine, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `launch` that belong to the page rather than to the machine it runs on. `keys` open OpenAI's routes;
+    without any they are open."""
     return {
+        "app_kwargs": {"routes": OpenAIAPI(engine, keys).routes()},
+        "ssr_mode": False,  # its server in front would not know these routes
         "theme": theme(),
         "css_paths": [CSS_PATH],
         "footer_links": ["api"],

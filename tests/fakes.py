@@ -155,6 +155,10 @@ class FakeBackend:
             time.sleep(self.word_s)
             if "[boom]" in text and len(said) == 2:
                 raise RuntimeError("a fault of the fake model in /srv/secret/place")
+            if word in settings.stop:
+                state.seen += (word,)
+                reason = "stop"
+                break
             said.append(word)
             rate = len(said) / max(time.monotonic() - started, 1e-6)
             try:

@@ -40,7 +40,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def demo(engine: Engine) -> Iterator[gr.Blocks]:
     blocks = build(engine)
-    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks
     blocks.close(verbose=False)
 
@@ -154,24 +154,6 @@ def test_cancel_keeps_a_whole_turn(client: Client, engine: Engine) -> None:
     assert chat.turns[1].finish_reason == "cancel"
     assert 5 < len(chat.turns[1].reply.split()) < 64
     assert ask(client, "two", session_id=session_id)[-1]["text"] == "turn 3 images 0: two"
-
-
-def test_only_chat_is_public(client: Client) -> None:
-    api = client.view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/chat"]
-    assert not api["unnamed_endpoints"]
-    parameters = [p["parameter_name"] for p in api["named_endpoints"]["/chat"]["parameters"]]
-    assert parameters == [
-        "message",
-        "session_id",
-        "temperature",
-        "top_p",
-        "max_new_tokens",
-        "max_tiles",
-        "greedy",
-        "seed",
-    ]
-    assert all(p["parameter_has_default"] for p in api["named_endpoints"]["/chat"]["parameters"][1:])
 
 
 # What the page shows

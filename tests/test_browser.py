@@ -28,8 +28,9 @@ WORD_S = 0.02
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)), PageOptions(teacher="fake-teacher"))
-    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    engine = Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5))
+    blocks = build(engine, PageOptions(teacher="fake-teacher"))
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url
     blocks.close(verbose=False)
 

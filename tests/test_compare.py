@@ -226,7 +226,9 @@ def test_messages_are_answered_while_the_context_grows() -> None:
 
 def test_growth_of_a_model_that_cannot_be_loaded_is_told() -> None:
     assert "cut short" in last(Grow(engine_of(), ("broken",)).run()).error
-    with pytest.raises(EngineError, match="use 1,024 or more"):
+    with pytest.raises(EngineError, match="31 minutes of reading"):
+        last(Grow(engine_of(), NAMES).run(4096, 31 * 60))
+    with pytest.raises(EngineError, match="100 tokens: this server grows contexts of 1,024 to 103,000"):
         last(Grow(engine_of(), NAMES).run(100))
 
 
