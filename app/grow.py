@@ -101,7 +101,7 @@ class Grow:
             backends.append(self.engine.models.get(name))
             yield
         self._show(cancel, doing="measuring how fast memory is")
-        plan = replace(plan, **measured_machine(backends[0].info.device))
+        plan = replace(plan, **measured_machine(backends[0].mover.device))
         sweeps: list[Any] = [backend.sweep(plan) for backend in backends]
         self._show(cancel, predictions={sweep.name: sweep.prediction for sweep in sweeps})
         yield

@@ -14,6 +14,7 @@ from app import saving, views
 from app.boxes import draw_places, find_places
 from app.chat import Chat, Metrics, Turn
 from app.engine import Engine, EngineError, Reply, Settings
+from app.likes import KEPT, Likes
 from app.options import Options
 from app.scratch import scratch_folder
 from app.sessions import Key
@@ -48,8 +49,8 @@ def box_open(text: str | None = None, files: Sequence[str] | None = None) -> Any
 class Handlers:
     """Events of one page, over one engine. A tab's conversation is keyed by its session, so nothing travels twice."""
 
-    def __init__(self, engine: Engine, options: Options) -> None:
-        self.engine, self.options = engine, options
+    def __init__(self, engine: Engine, options: Options, likes: Likes | None = None) -> None:
+        self.engine, self.options, self.likes = engine, options, likes
         self._opened: set[Key] = set()  # tabs that had a conversation: without one now, the server let it go
 
     # Answers
@@ -198,6 +199,19 @@ class Handlers:
             return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if chat.busy else ""), self._branch(chat)
         chat.go_to(int(index))
         return self.everything(chat, gr.skip())
+
+    def like(self, liked: gr.LikeData, request: gr.Request) -> str:
+        """Keep a thumb; says so."""
+        assert self.likes is not None, "without a file there are no thumbs"
+        turns, index = self.chat_of(key_of(request)).turns, turn_index(liked.index)
+        if not 0 <= index < len(turns):
+            return ""
+        try:
+            self.likes.add(turns[index], liked.liked if isinstance(liked.liked, bool) else None, self.engine.info)
+        except OSError:
+            log.exception("a thumb could not be kept")
+            return views.notice("Your thumb could not be kept: the server's file cannot be written.")
+        return views.note(KEPT)
 
     def clear(self, request: gr.Request) -> Update:
         # What stands in the box stays: it may have been typed since the click.

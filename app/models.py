@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.backend import Backend, Device, Dtype, Loader, ModelInfo
+from app.backend import Backend, Device, Dtype, Loader, ModelInfo, usable_device
 from app.errors import EngineError, plain, without_folders
 from app.follow import LoadStatus, Status
 
@@ -42,9 +42,9 @@ def memory_need(model: str, device: Device, dtype: Dtype) -> MemoryNeed:
     from mmmamba import cost
     from mmmamba.checkpoint import read_config, resolve_checkpoint
     from mmmamba.memory import free_memory_bytes
-    from mmmamba.place import default_device, default_dtype
+    from mmmamba.place import default_dtype
 
-    where = default_device() if device == "auto" else torch.device(device)
+    where = usable_device(device)
     size = (default_dtype(where) if dtype == "auto" else getattr(torch, dtype)).itemsize
     config = read_config(resolve_checkpoint(model, config_only=True))
     return MemoryNeed(cost.count_parameters(config).total * size, free_memory_bytes(where))
@@ -134,7 +134,10 @@ class Models(Status):
             self._failed(str(error))
             raise
         except Exception as error:
-            log.exception("loading the model failed")
+            if isinstance(error, ValueError | OSError):
+                log.warning("the model is not loaded: %s", error)  # such a message says it all
+            else:
+                log.exception("loading the model failed")
             reason = str(error) if isinstance(error, OSError) else plain(error)
             note = f"could not be loaded: {without_folders(reason)}"
             self._failed(note)

@@ -15,6 +15,7 @@ from app.chat import Metrics
 from app.engine import Engine
 from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.keeping import Keeping
+from app.likes import Likes
 from app.models import TEACHERS, sides_of
 from app.openai_api import OpenAIAPI
 from app.options import Options
@@ -70,18 +71,20 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 @dataclass(frozen=True)
 class PageOptions:
     """What the page offers. `teacher` None is the known one of the model, "" leaves the comparison out; `switch` lets
-    visitors load other models for everybody; `contexts` keeps states of grown contexts for later starts."""
+    visitors load other models for everybody; `contexts` keeps states of grown contexts for later starts, `likes` thumbs
+    up and down (None: there are none)."""
 
     teacher: str | None = None
     switch: bool = True
     contexts: Path | None = None
+    likes: Path | None = None
 
 
 def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
     """The page over `engine`, not yet launched. Loads no model: that starts when a tab is opened."""
     page = page or PageOptions()
     options = Options(engine.limits)
-    handlers = Handlers(engine, options)
+    handlers = Handlers(engine, options, None if page.likes is None else Likes(page.likes))
     sides = sides_of(engine.model, page.teacher)
     with gr.Blocks(title="mmMamba", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         with gr.Row(elem_id="head"):
@@ -178,6 +181,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     ]
     for event in back:
         event.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    if page.likes is not None:
+        chat.like(handlers.like, None, notice, queue=False, **PRIVATE)
     use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
     demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
     demo.load(None, js=ON_LOAD, **PRIVATE)
