@@ -27,9 +27,14 @@ WORD_S = 0.02
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def likes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("likes") / "likes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(likes: Path) -> Iterator[str]:
     engine = Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5))
-    blocks = build(engine, PageOptions(teacher="fake-teacher"))
+    blocks = build(engine, PageOptions(teacher="fake-teacher", likes=likes))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url
     blocks.close(verbose=False)
@@ -219,6 +224,17 @@ def test_examples_ask_at_a_click_but_not_into_an_answer(page: Page) -> None:
     page.click(STOP)
     unlocked(page)
     assert len(bubbles(page, "bot")) == 2
+
+
+def test_a_thumb_is_kept_and_that_is_said(page: Page, likes: Path) -> None:
+    ask(page, "hello thumb")
+    bot(page, "turn 1 images 0: hello thumb")
+    unlocked(page)
+    page.click("#chat button[aria-label=Like]")
+    page.wait_for_selector("#notice:has-text('Kept on this server')")
+    (line,) = likes.read_text().splitlines()
+    assert '"liked": true' in line
+    assert '"question": "hello thumb"' in line
 
 
 def test_picture_alone_gets_a_question(page: Page) -> None:
