@@ -186,6 +186,7 @@ def test_retry_answers_again_with_other_settings(page: Page) -> None:
     page.click("#settings > button")
     page.fill("#settings input[type=number] >> nth=0", "1.5")
     page.press("#settings input[type=number] >> nth=0", "Tab")
+    page.wait_for_function("document.querySelector('#settings input[type=range]').value === '1.5'")
     page.click("#chat button[aria-label=Retry]")
     bot(page, "turn 1 images 0: hello (hot)")
     unlocked(page)
