@@ -41,7 +41,7 @@ class OpenAIAPI:
 
     def __init__(self, engine: Engine, keys: Sequence[str] = ()) -> None:
         self.engine, self.keys = engine, tuple(keys)
-        self.prefixes = Prefixes(engine.chats)
+        self.prefixes = Prefixes(engine.chats.states)
         self._started = int(time.time())
 
     def routes(self) -> list[BaseRoute]:

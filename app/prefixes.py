@@ -14,7 +14,9 @@ from app.chat import Chat, ChatStore, Turn
 from app.openai_request import Said
 from app.scratch import scratch_folder
 from app.sessions import Key, new_session_id
+from app.states import StateStore
 
+MOST_CHATS = 64  # apart from those of the page: a script with thousands of questions must not push visitors out
 MOST_KNOWN = 4096  # ends of turns that are remembered
 MOST_IN_A_CHAT = 500  # turns, branches included; then a conversation is begun anew
 KEEP_S = 24 * 3600
@@ -23,8 +25,8 @@ KEEP_S = 24 * 3600
 class Prefixes:
     """What was said up to the end of a turn -> the conversation and the turn. Safe to use from several threads."""
 
-    def __init__(self, chats: ChatStore) -> None:
-        self.chats = chats
+    def __init__(self, states: StateStore) -> None:
+        self.chats = ChatStore(MOST_CHATS, states)
         self._known: OrderedDict[str, tuple[Key, Turn]] = OrderedDict()
         self._taken: set[Key] = set()
         self._lock = threading.Lock()

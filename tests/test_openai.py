@@ -272,7 +272,7 @@ def test_a_client_that_leaves_ends_its_answer(
             yield event
 
     monkeypatch.setattr(backend, "stream", watched)
-    known = len(engine.chats)
+    known = len(engine.chats.states)
     body = {"model": "fake", "messages": [{"role": "user", "content": "[long]"}], "stream": stream}
     leaving = httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=1)
     with suppress(httpx.ReadTimeout), leaving as response:
@@ -281,7 +281,7 @@ def test_a_client_that_leaves_ends_its_answer(
         next(response.iter_lines())
     wait_for(lambda: engine.lane.idle)
     assert reasons[-1] == "cancel"
-    wait_for(lambda: len(engine.chats) == known)  # nothing is kept that nobody could ask for
+    wait_for(lambda: len(engine.chats.states) == known)  # nothing is kept that nobody could ask for
 
 
 def wait_for(condition: Any, seconds: float = 20.0) -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes import FakeLoader
 
 from app import prefixes as module
-from app.chat import Chat, ChatStore
+from app.chat import Chat
 from app.engine import Engine
 from app.openai_request import Said
 from app.prefixes import Prefixes
 
 
-def engine_of(**kwargs: Any) -> tuple[Engine, Prefixes]:
-    engine = Engine("fake", loader=FakeLoader(), **kwargs)
-    return engine, Prefixes(engine.chats)
+def engine_of() -> tuple[Engine, Prefixes]:
+    engine = Engine("fake", loader=FakeLoader())
+    return engine, Prefixes(engine.chats.states)
 
 
 def answer(engine: Engine, prefixes: Prefixes, turns: list[Said], question: str, system: str | None = None) -> Chat:
@@ -66,20 +65,30 @@ def test_a_conversation_at_work_is_nobody_elses() -> None:
     assert [turn.reply for turn in other.turns] == [turns[0].reply]
     prefixes.give_back(key, None)
     prefixes.give_back(other_key, None)
-    assert engine.chats.get(other_key) is None, "nobody could find it again"
+    assert prefixes.chats.get(other_key) is None, "nobody could find it again"
     assert prefixes.take(None, turns)[1] is chat
 
 
 def test_what_was_let_go_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, prefixes = engine_of(chats=ChatStore(max_chats=1))
+    monkeypatch.setattr(module, "MOST_CHATS", 1)
+    engine, prefixes = engine_of()
     turns: list[Said] = []
     chat = answer(engine, prefixes, turns, "one")
     answer(engine, prefixes, [], "somebody else's")
     assert chat.closed
     assert answer(engine, prefixes, turns, "two") is not chat
     monkeypatch.setattr(module, "MOST_IN_A_CHAT", 2)
-    long = engine.chats.get(next(key for key in engine.chats._open))
+    long = prefixes.chats.get(next(iter(prefixes.chats._open)))
     assert prefixes.take(None, turns)[1] is not long, "a conversation has only so many branches"
+
+
+def test_scripts_push_no_visitor_out() -> None:
+    engine, prefixes = engine_of()
+    tab = engine.chats.new(("tab", "a"))
+    for i in range(module.MOST_CHATS + 3):
+        answer(engine, prefixes, [], f"question {i}")
+    assert engine.chats.get(("tab", "a")) is tab
+    assert len(prefixes.chats) == module.MOST_CHATS
 
 
 def test_few_ends_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
