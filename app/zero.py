@@ -117,10 +117,14 @@ class ZeroBackend:
         self, ids: list[int], tiles: Sequence[Any], state: Any, settings: Settings, cancel: threading.Event
     ) -> Iterator[Event]:
         last: Event | None = None
+        read = state.seqlen + len(ids)
+        images = state.num_image_tokens + ids.count(self.inner.config.embedding.img_context_token_id)
         for event in self._call(ids, tiles, state, settings, cancel):
             if event.finish_reason is not None:
                 last = event  # goes out once the state is here
             else:
+                # The state is in the worker; what it has seen by now is shown all the same.
+                state.language.seqlen, state.num_image_tokens = read + event.num_tokens - 1, images
                 yield event
         if last is None:
             raise EngineError("The GPU's worker ended before its answer did. Ask again.", blame="server")

@@ -221,7 +221,10 @@ def test_a_stop_reaches_the_worker_and_the_state_comes_back(
     engine = Engine(str(tiny_dir), "cpu", "float32", loader=zero.load)
     chat = Chat(engine.chats.states)
     cancel = threading.Event()
+    shown: set[tuple[int, int]] = set()
     for reply in engine.reply(chat, "Hi", settings=Settings(temperature=2, seed=1, max_new_tokens=1000), cancel=cancel):
+        if reply.stage == "writing":
+            shown.add((reply.metrics.num_tokens, reply.metrics.text_tokens))
         if reply.metrics.num_tokens >= 3:
             cancel.set()
     deadline = time.monotonic() + 20
@@ -233,7 +236,9 @@ def test_a_stop_reaches_the_worker_and_the_state_comes_back(
     assert 3 <= turn.metrics.num_tokens < 200
     (kept,) = turn.snapshots.values()
     prompt = engine.models.get().encode("Hi", [], first=True, images_before=0)
-    assert kept.state.seqlen == len(prompt) + turn.metrics.num_tokens
+    assert kept.state.seqlen == len(prompt) + turn.metrics.num_tokens == turn.metrics.text_tokens
+    assert shown
+    assert all(seen == len(prompt) + count - 1 for count, seen in shown), "the context does not move while it streams"
 
 
 def test_no_gpu_left_is_told_in_words(zero: Any, tiny_dir: Path) -> None:
