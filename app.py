@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
     add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
     add(model, "dtype", "auto", "precision", choices=DTYPES)
-    teacher = "model to compare with; without it the known teacher of --model, if there is one"
+    teacher = "model to compare with, or several with commas; without it the known teacher of --model, if there is one"
     add(model, "teacher", None, teacher, metavar="MODEL")
     server = p.add_argument_group("server")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")

@@ -60,9 +60,11 @@ class Comparison:
 
     @property
     def agreement(self) -> Agreement | None:
-        """Of the first two answers, once both are whole."""
+        """Of the first answer and the last one, once all are whole."""
         whole = [side.text for side in self.sides if side.stage == "done"]
-        return agreement(whole[0], whole[1]) if len(whole) > 1 else None
+        if any(side.stage not in ("done", "failed") for side in self.sides) or len(whole) < 2:
+            return None
+        return agreement(whole[0], whole[-1])
 
 
 class Compare:

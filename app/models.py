@@ -60,10 +60,12 @@ TEACHERS = {
 
 
 def sides_of(model: str, teacher: str | None) -> tuple[str, ...]:
-    """The models that one is compared with, itself first; `teacher` None is the known one, "" leaves it out."""
+    """The models that one is compared with, itself first; `teacher` None is the known one, "" leaves it out, several
+    have commas between them."""
     if teacher is None:
         teacher = TEACHERS.get(model, "")
-    return (model, teacher) if teacher and teacher != model else (model,)
+    named = (name.strip() for name in teacher.split(","))
+    return tuple(dict.fromkeys((model, *filter(None, named))))
 
 
 class Models(Status):

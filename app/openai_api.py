@@ -120,7 +120,7 @@ class OpenAIAPI:
         cancel = threading.Event()
         added: tuple[str | None, list[Said]] | None = None
         before = chat.head
-        replies: Iterator[Reply] = iter(())
+        replies: Iterator[Reply] | None = None
         try:
             images = await run_in_threadpool(self.prefixes.files, question.images)
             replies = self.engine.reply(chat, question.text, images, settings, cancel)
@@ -136,7 +136,8 @@ class OpenAIAPI:
         finally:
             # Also when the task is cancelled: what waits is dropped, what is written ends.
             cancel.set()
-            replies.close()  # type: ignore[attr-defined]
+            if replies is not None:
+                replies.close()  # type: ignore[attr-defined]
             if added is not None and settings.stop:
                 self._forget_state(chat)
             self.prefixes.give_back(key, added)

@@ -43,6 +43,8 @@ class Prefixes:
                 key, chat = ("openai", new_session_id()), Chat(self.chats.states)
                 self.chats.put(key, chat)
             self._taken.add(key)
+        for turn, files in zip(chat.turns, images, strict=False):
+            turn.images = files  # where they lie now; those of a day ago may be gone
         for i in range(at, len(turns)):
             said = turns[i]
             first = None if chat.head else system

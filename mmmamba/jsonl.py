@@ -54,7 +54,7 @@ def read_questions(
     default = Question("", (), system, max_tiles, params)
     lines: list[Line] = []
     numbers: dict[str | int, int] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not text.strip():
             continue
         line = _line(text, number, default, path.parent)
@@ -94,7 +94,9 @@ def answer_file(
 
 
 def num_unanswered(lines: Sequence[Line], out: Path, model: str) -> int:
-    """Lines that `out` does not hold yet.  Raises: as `answer_file`."""
+    """Lines that `out` does not hold yet.  Raises: as `answer_file`, and if there is no folder for it."""
+    if not out.resolve().parent.is_dir():
+        raise JsonlError(f"{out}: there is no folder {out.resolve().parent.name}; make it, or choose another file")
     done = _done(out, model)
     return sum(line.id not in done for line in lines)
 
@@ -138,7 +140,7 @@ def _whole_lines(out: Path) -> list[str]:
     """Lines of a file of answers; a last one that was cut short is removed.  Raises: JsonlError for other files."""
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8", errors="replace").splitlines()
+    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]  # not splitlines: answers may hold other breaks
     for number, text in enumerate(lines, start=1):
         try:
             record = json.loads(text)

@@ -250,6 +250,27 @@ def test_answers_are_on_disk_before_the_next_one_is_asked_for(tiny_dir: Path, tm
     assert list(records(out)) == [2]
 
 
+def test_line_breaks_inside_a_text_are_no_new_lines(tiny_dir: Path, tmp_path: Path) -> None:
+    odd = "a\u2028b\x85c"
+
+    class Says(Batch):
+        def __init__(self) -> None:
+            pass
+
+        def run(self, questions: Any) -> Any:
+            yield from (Answer(i, question.text, "stop") for i, question in enumerate(questions))
+
+    questions = tmp_path / "in.jsonl"
+    questions.write_text("\ufeff" + json.dumps({"question": odd, "extra": odd}, ensure_ascii=False) + "\n", "utf-8")
+    out = tmp_path / "out.jsonl"
+    (line,) = lines = read_questions(questions, GREEDY)
+    assert (line.error, line.extra) == (None, odd)
+    assert answer_file(Says(), lines, out, "m").answered == 1
+    assert answer_file(Says(), lines, out, "m").skipped == 1
+    (written,) = out.read_text("utf-8").split("\n")[:-1]
+    assert json.loads(written)["text"] == odd
+
+
 def test_files_that_cannot_be_used_are_refused(
     capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +288,9 @@ def test_files_that_cannot_be_used_are_refused(
     status, told = run(capsys, one, other, "--model", tiny_dir)
     assert status == 2
     assert 'was answered by "other"' in told
+    status, told = run(capsys, one, tmp_path / "nowhere" / "out.jsonl", "--model", tiny_dir)
+    assert status == 2
+    assert "there is no folder nowhere" in told
     status, told = run(capsys, tmp_path / "none.jsonl", out, "--model", tiny_dir)
     assert status == 2
     assert "none.jsonl" in told

@@ -149,6 +149,13 @@ def test_which_models_stand_side_by_side() -> None:
     assert sides_of("nano", "") == ("nano",)
     assert sides_of("/srv/mine", None) == ("/srv/mine",)
     assert sides_of("/srv/mine", "/srv/other") == ("/srv/mine", "/srv/other")
+    assert sides_of("a", "b, c,a") == ("a", "b", "c")
+
+
+def test_three_answer_in_turn() -> None:
+    final = last(Compare(engine_of(), ("fake", "fake-hybrid", "fake-teacher")).ask("what is this"))
+    assert [side.text for side in final.sides] == ["turn 1 images 0: what is this"] * 3
+    assert final.agreement is not None
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:

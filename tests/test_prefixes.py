@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_pictures_are_kept_once_and_not_for_ever() -> None:
     two.parent.rmdir()
     (again,) = prefixes.files([b"two"])
     assert again.read_bytes() == b"two", "a folder that was cleaned up is made anew"
+
+
+def test_pictures_of_a_kept_conversation_are_where_they_lie_now() -> None:
+    _, prefixes = engine_of()
+    said = Said("what", (b"one",), reply="this")
+    key, chat = prefixes.take(None, [said])
+    prefixes.give_back(key, (None, [said]))
+    (old,) = chat.turns[0].images
+    shutil.rmtree(Path(old).parent)
+    assert prefixes.take(None, [said])[1] is chat
+    (new,) = chat.turns[0].images
+    assert Path(new).read_bytes() == b"one"
