@@ -184,9 +184,13 @@ def test_retry_answers_again_with_other_settings(page: Page) -> None:
     bot(page, "turn 1 images 0: hello")
     unlocked(page)
     page.click("#settings > button")
-    page.fill("#settings input[type=number] >> nth=0", "1.5")
-    page.press("#settings input[type=number] >> nth=0", "Tab")
-    page.wait_for_function("document.querySelector('#settings input[type=range]').value === '1.5'")
+    slider = page.locator("#settings input[type=range]").first
+    for _ in range(20):  # what is typed while Gradio still mounts what was folded away is lost
+        page.fill("#settings input[type=number] >> nth=0", "1.5")
+        page.press("#settings input[type=number] >> nth=0", "Tab")
+        page.wait_for_timeout(200)
+        if slider.input_value() == "1.5":
+            break
     page.click("#chat button[aria-label=Retry]")
     bot(page, "turn 1 images 0: hello (hot)")
     unlocked(page)
