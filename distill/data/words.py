@@ -63,7 +63,7 @@ def ordinary_words() -> tuple[str, ...]:
 class Words:
     """Everything that may be printed for one split, to be drawn from.
 
-    Args: made_up: share of the words of `word` that are no words. The more, the less can be guessed in place of reading.
+    Args: made_up: share of what `word` gives that are no words. The more, the less can be guessed instead of read.
     """
 
     def __init__(self, split: Split, *, made_up: float = 0.1) -> None:
