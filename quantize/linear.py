@@ -17,7 +17,9 @@ from mmmamba.kernels.native import product as native_product
 from mmmamba.packing import PackedSpec, PackedWeight, dequantize, unpack_bits
 from quantize.torch_products import Product, torch_product
 
-FEW_ROWS = 4  # up to here the weight is cheaper to read packed, once a row, than to unpack
+# Rows of x up to which products with packed weights take less time than unpacking and one large product (measured at
+# nano's shapes with one thread: they meet at 16 to 20 rows, and near 90).
+FEW_ROWS, FEW_ROWS_TORCH = 16, 64
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +57,19 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        product = self._product_for(x) if 0 < len(rows) <= FEW_ROWS else None
+        product = self._product_for(x, len(rows)) if len(rows) else None
         if product is None:
             return F.linear(x, self.weight_as(x.dtype), self.bias)
         y = product(rows).to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
-    def _product_for(self, x: Tensor) -> Product | None:
+    def _product_for(self, x: Tensor, num_rows: int) -> Product | None:
         weight = self.packed_weight()
         lib = _library(x.device.type, x.dtype, refusal_of(weight))
         if lib is not None:
-            return partial(native_product, lib, weight)
-        if x.device.type != "cpu" or x.dtype == torch.float64:  # float64 is for references
+            return partial(native_product, lib, weight) if num_rows <= FEW_ROWS else None
+        # float64 is for references
+        if x.device.type != "cpu" or x.dtype == torch.float64 or num_rows > FEW_ROWS_TORCH:
             return None
         if self._torch_product is None:
             self._torch_product = torch_product(weight)
