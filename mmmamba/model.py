@@ -350,9 +350,8 @@ class MMMamba(nn.Module):
     def tie_weights(self) -> None:
         """Share the output head with the text embeddings where the config says so."""
         text = self.embedding.text
-        if self.config.language.tie_word_embeddings and isinstance(
-            text, nn.Embedding
-        ):  # a packed table is tied already
+        # A packed table is tied already.
+        if self.config.language.tie_word_embeddings and isinstance(text, nn.Embedding):
             self.language.output.weight = text.weight
 
     @property
