@@ -69,7 +69,7 @@ def stage_memory(
     """Bytes of a step over `rows` rows of `seqlen` tokens, with `tiles` tiles in all.
 
     Args:
-        weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16.
+        weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16, as the residual stream then is.
         loss_tokens: tokens that count in stage 3; None: all.       loss_chunk: as `chunked_loss` takes it.
     """
     language = student.language
@@ -91,7 +91,7 @@ def stage_memory(
             layer = _layer_bytes(stack, layer_type, tokens, rows, min(chunk_size, tokens // rows), scan, weight_bytes)
             most = max(most, layer)
             if stage == "stage3" and learning:
-                saved += tokens * stack.hidden_size * WIDE if checkpointing else layer
+                saved += tokens * stack.hidden_size * min(weight_bytes, WIDE) if checkpointing else layer
     loss = 0
     if stage == "stage3":
         count = rows * seqlen if loss_tokens is None else loss_tokens
@@ -108,7 +108,6 @@ def step_memory(
     stage: StudentStage,
     student: ModelConfig,
     *,
-    weight_bytes: int = WIDE,
     scan: Literal["triton", "chunked"] = "triton",
 ) -> StageMemory:
     """Bytes of a step as a recipe has it: of the larger of its two batches, which run one after the other."""
@@ -129,7 +128,7 @@ def step_memory(
                     rows=rows,
                     seqlen=seqlen,
                     tiles=tiles,
-                    weight_bytes=weight_bytes,
+                    weight_bytes=NARROW if recipe.frozen_dtype == "bfloat16" else WIDE,
                     checkpointing=config.activation_checkpointing,
                     scan=scan,
                     loss_tokens=None if slots is None else rows * slots,
