@@ -31,7 +31,10 @@ class SplitProjection(nn.Module):
         self.gate_dt = nn.Parameter(gate_dt.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        if self.vkq.requires_grad:
+            return F.linear(x, self.weight)
+        # Apart, or the gradient of the frozen rows would be computed with the others' and thrown away.
+        return torch.cat([F.linear(x, self.vkq), F.linear(x, self.gate_dt)], dim=-1)
 
     @property
     def weight(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.chunked_loss import CHUNK_ELEMENTS
+from distill.chunked_loss import CHUNK_ELEMENTS, HEAD_ROWS
 from distill.config import Recipe
 from mmmamba.config import EmbeddingConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.cost import count_parameters, teacher_config
@@ -97,7 +97,7 @@ def stage_memory(
         count = rows * seqlen if loss_tokens is None else loss_tokens
         chunk = min(count, loss_chunk or max(128, CHUNK_ELEMENTS // language.vocab_size // 128 * 128))
         loss = _LOSS_MATRICES * chunk * language.vocab_size * WIDE + 3 * count * language.hidden_size * WIDE
-        loss += table * NARROW if weight_bytes > NARROW else 0
+        loss += table * NARROW if weight_bytes > NARROW or language.vocab_size % HEAD_ROWS else 0
     # A layer's values and as many gradients; stages 1 and 2 keep no more than that.
     workspace = 2 * most
     return StageMemory(shared * weight_bytes + own * WIDE, trained * WIDE, 2 * trained * WIDE, saved, loss, workspace)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.networks import hovle_config
 from distill.config import Recipe
 from distill.convert import make_student
 from distill.memory import StageMemory, StudentStage, stage_memory, step_memory
@@ -123,14 +123,8 @@ def test_tiles_of_packed_rows_count() -> None:
 
 def config_2_6b(kind: str) -> ModelConfig:
     """The published size: 8 and 24 layers, 2,048 wide."""
-    raw = copy.deepcopy(golden_config("post", "hovle"))
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
-    embedding = {"num_hidden_layers": 8, "llm_hidden_size": 2048, "llm_vocab_size": 92_553, "image_size": 448}
-    raw["embedding_config"] |= shape | embedding
-    raw["llm_config"] |= shape | {"num_hidden_layers": 24, "vocab_size": 92_553}
-    raw["force_image_size"] = 448
-    types: Any = ["mha" if kind == "hybrid" and i % 4 == 0 else "mamba2" for i in range(32)]
-    return ModelConfig.from_dict(raw).with_layer_types(tuple(types[:8]), tuple(types[8:]))
+    teacher = hovle_config()
+    return teacher.with_layer_types(*Recipe.load(f"hovle-2.6b-{kind}").layer_types(teacher))
 
 
 @pytest.mark.parametrize("kind", ["linear", "hybrid"])
