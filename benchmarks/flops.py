@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.kernels import Shape
 from distill.inputs import Inputs
 from distill.memory import mixer_parameters
-from distill.stages import TRAINING_CHUNK
 from mmmamba.config import EmbeddingConfig, ModelConfig, StackConfig
 from mmmamba.cost import teacher_config
+from mmmamba.kernels import training_chunk
 
 
 class Flops(NamedTuple):
@@ -91,7 +91,7 @@ def _scan(stack: StackConfig, inputs: Inputs) -> Flops:
     batch = inputs.shape[0]
     heads, kv_heads = stack.num_attention_heads, stack.num_key_value_heads
     seqlen = _tokens(stack, inputs) // batch
-    return Flops(scan=Shape(batch, seqlen, heads, kv_heads, stack.head_dim, TRAINING_CHUNK).flops()[0])
+    return Flops(scan=Shape(batch, seqlen, heads, kv_heads, stack.head_dim, training_chunk(stack.head_dim)).flops()[0])
 
 
 def _in_weights(stack: StackConfig, layer_type: str) -> int:

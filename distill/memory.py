@@ -12,6 +12,7 @@ from distill.chunked_loss import CHUNK_ELEMENTS, HEAD_ROWS
 from distill.config import Recipe
 from mmmamba.config import EmbeddingConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.cost import count_parameters, teacher_config
+from mmmamba.kernels import training_chunk
 from mmmamba.state import D_CONV
 
 StudentStage = Literal["stage1", "stage2", "stage3"]
@@ -62,7 +63,7 @@ def stage_memory(
     weight_bytes: int = WIDE,
     checkpointing: bool = False,
     scan: Literal["triton", "chunked"] = "triton",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     loss_tokens: int | None = None,
     loss_chunk: int | None = None,
 ) -> StageMemory:
@@ -70,6 +71,7 @@ def stage_memory(
 
     Args:
         weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16, as the residual stream then is.
+        chunk_size: of the scan; None: as training has it.
         loss_tokens: tokens that count in stage 3; None: all.       loss_chunk: as `chunked_loss` takes it.
     """
     language = student.language
@@ -88,7 +90,8 @@ def stage_memory(
                 own += vkq + others
                 trained += others + (vkq if stage != "stage1" else 0)
                 learning = True
-            layer = _layer_bytes(stack, layer_type, tokens, rows, min(chunk_size, tokens // rows), scan, weight_bytes)
+            chunk = min(chunk_size or training_chunk(stack.head_dim), tokens // rows)
+            layer = _layer_bytes(stack, layer_type, tokens, rows, chunk, scan, weight_bytes)
             most = max(most, layer)
             if stage == "stage3" and learning:
                 saved += tokens * stack.hidden_size * min(weight_bytes, WIDE) if checkpointing else layer

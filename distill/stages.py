@@ -22,14 +22,12 @@ from distill.config import StageConfig
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
 from distill.losses import MSE_SCALE, Objective, layer_mse
-from mmmamba.kernels import select_scan, select_segment_attention
+from mmmamba.kernels import select_scan, select_segment_attention, training_chunk
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import Block, MMMamba
 from mmmamba.segments import Segments
 
-# Longer than any training row: one chunk, whose masked products compile into few kernels.
-TRAINING_CHUNK = 512
 NEW_IN_MIXERS = frozenset(
     f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
 )
@@ -326,7 +324,7 @@ def _train_mixer(mixer: Any, train_decay: bool) -> None:
     mixer.out_proj.requires_grad_(False)
     mixer.A_log.requires_grad_(train_decay)
     mixer.dt_bias.requires_grad_(train_decay)
-    mixer.chunk_size = TRAINING_CHUNK
+    mixer.chunk_size = training_chunk(mixer.head_dim)
 
 
 def paired_layers(teacher: MMMamba, student: MMMamba) -> Iterator[tuple[Any, Any]]:

@@ -59,8 +59,8 @@ def test_gradients_are_those_beside_float32_but_for_rounding(number: int, kind: 
     for name, value in logged.items():
         assert float(narrow[name]) == pytest.approx(float(value), rel=0.05)
     # All together: of one small tensor the rounding of the residual stream may be much.
-    together = [torch.cat([grads[name].flatten() for name in sorted(grads)]) for grads in (found, wanted)]
-    assert_near("gradients", *together, 0.1)
+    got, want = (torch.cat([grads[name].flatten() for name in sorted(grads)]) for grads in (found, wanted))
+    assert_near("gradients", got, want, 0.1)
 
 
 def test_a_student_beside_narrow_weights_answers_questions() -> None:

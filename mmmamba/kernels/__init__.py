@@ -40,6 +40,7 @@ __all__ = [
     "ssd_scan_ref",
     "ssm_step",
     "ssm_step_ref",
+    "training_chunk",
 ]
 
 
@@ -76,6 +77,12 @@ def select_scan(device_type: str, impl: Impl = "auto", training: bool = False) -
     if training and device_type != "cpu":
         _IN_GRAPHS[device_type] = torch.compiler.disable(ssd_scan_chunked)
     return ssd_scan_chunked
+
+
+def training_chunk(head_dim: int) -> int:
+    """Tokens a chunk to train with. Narrow heads: longer than nano's rows, which so need no states. Wide ones: where
+    the products within chunks (chunk / 2 of them a token) are as many as those with the states (twice head_dim)."""
+    return 512 if head_dim <= 64 else 2 * head_dim
 
 
 def _load_triton_scan() -> tuple[ScanFn | None, str]:
