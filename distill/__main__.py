@@ -93,7 +93,7 @@ def run_everything(args: argparse.Namespace) -> None:
         if "teacher" not in run.recipe.stages:
             raise ValueError(f"recipe {run.recipe.name} trains no teacher; pass one with --teacher")
         teacher = str(args.out / "teacher")
-        train_teacher(run, args.base, args.out / "teacher")
+        train_teacher(run, args.base, args.out / "teacher", weights=args.resume)
     run_all(run, teacher, args.out, layers_from=args.layers_from)
 
 
@@ -190,8 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    teacher = _training(_data(_student(command("teacher", run_teacher), teacher=False)))
-    _base(teacher).add_argument("--resume", metavar="DIR", help="start from the weights of this teacher")
+    _base(_training(_data(_student(command("teacher", run_teacher), teacher=False))))
     _student(command("convert", run_convert))
     what = {
         "stage1": "what is new in a mixer, each layer against its attention",
@@ -248,6 +247,7 @@ def _student(sub: argparse.ArgumentParser, *, teacher: bool = True, needed: bool
 
 def _base(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("--base", default=HUB_ID, help="language model of a new teacher: hub id, directory or .gguf file")
+    sub.add_argument("--resume", metavar="DIR", help="start the teacher from the weights of this one")
     return sub
 
 
