@@ -6,8 +6,8 @@
 
 A step is the trainer's own: batches from page-locked memory, forward, backward, averaging over the processes, clipping,
 optimizer; reading and drawing samples is left out. Speed does not depend on the values of weights and tokens. A JSON
-line per stage, printed and written to `--out` as soon as it is measured; one that runs out of memory says so, and the
-next goes on. With several processes each stage is measured in one of them while the others rest, then in all.
+line per stage, printed and written to `--out` as soon as it is measured; one that runs out of memory or fails says so,
+and the next goes on. With several processes each stage is measured in one of them while the others rest, then in all.
 
 `mfu` is useful operations (`benchmarks.flops`; what is computed twice counts once) over the peak of the card's data
 sheet, where that is known; `of_matmul` is the same over the rate of a large matrix product measured here.
@@ -19,7 +19,9 @@ import argparse
 import datetime
 import gc
 import json
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -67,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; see the module's text."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; see the module's text. Returns 1 if a stage failed otherwise than for want of memory."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.steps < 2:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--stages {','.join(unknown)}: recipe {recipe.name} has {', '.join(recipe.stages)}")
     processes = Processes.join()
     try:
-        _Bench(args, recipe, processes).run(names)
+        return _Bench(args, recipe, processes).run(names)
     finally:
         processes.leave()
 
@@ -98,7 +100,7 @@ class _Bench:
         self.matmul = _matmul_flops(self.device)
         self.records: list[dict[str, Any]] = []
 
-    def run(self, names: list[str]) -> None:
+    def run(self, names: list[str]) -> int:
         known = peak_flops(self.device)
         sheet = "" if known is None else f", {known / 1e12:.0f} on the data sheet"
         self._say(
@@ -110,14 +112,15 @@ class _Bench:
                 config = with_rows(self.recipe.stages[name], self.args.image_batch, recompute)
                 self._record(self._facts(name, config) | self._stage(name, config))
         self._say(json.dumps({"benchmark": "distill", "records": self.records}))
+        return int(any("failed" in record for record in self.records))
 
     def _stage(self, name: str, config: StageConfig) -> dict[str, Any]:
         """What is measured of one stage; its memory is given up on return."""
         try:
             return self._measure(name, config)
         finally:
-            gc.collect()
             torch.compiler.reset()
+            gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -125,17 +128,21 @@ class _Bench:
         reset_peak_memory(self.device)
         loop: Loop | None = None
         batches: WeightedInputs = []
-        failed, first_s = "", 0.0
+        problem: dict[str, str] = {}
+        first_s = 0.0
         try:
             loop, batches = self._prepare(name, config)
             first_s = self._step_ms(loop, batches) / 1e3
             for _ in range(WARM_UP_STEPS - 1):
                 self._step_ms(loop, batches)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            failed = " ".join(str(error).split())[:300]
-        # One that has no memory would leave the others waiting for its gradients.
-        if any(problems := self.processes.gather(failed)):
-            return {"out_of_memory": next(filter(None, problems)), "peak_bytes": peak_memory_bytes(self.device)}
+            problem = {"out_of_memory": " ".join(str(error).split())[:300]}
+        except Exception as error:  # what was measured before and what comes after are worth having all the same
+            traceback.print_exc()
+            problem = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        # One that stops here would leave the others waiting for its gradients.
+        if found := [one for one in self.processes.gather(problem) if one]:
+            return found[0] | {"peak_bytes": peak_memory_bytes(self.device)}
         assert loop is not None
         record = self._describe(name, batches) | {"first_s": round(first_s, 1)}
         if self.processes.is_main:
@@ -224,7 +231,7 @@ class _Bench:
                 for inputs in given
             ),
             "learned_tokens": sum(inputs.positions.numel() for inputs in given),
-            "tflop": {part: round(value / 1e12, 3) for part, value in flops._asdict().items()},
+            "tflop": {part: float(f"{value / 1e12:.4g}") for part, value in flops._asdict().items()},
         }
 
     def _rates(self, name: str, times: list[float], batches: WeightedInputs) -> dict[str, Any]:
@@ -238,7 +245,7 @@ class _Bench:
             "ms": round(median, 1),
             "p20_p80_ms": [round(low, 1), round(high, 1)],
             "tokens_per_s": round(tokens / median * 1e3),
-            "tflop_per_s": round(rate / 1e12, 3),
+            "tflop_per_s": float(f"{rate / 1e12:.4g}"),
             "mfu": None if known is None else round(rate / known, 3),
             "mfu_of_weights_alone": None if known is None else round(products / median * 1e3 / known, 3),
             "of_matmul": round(rate / self.matmul, 3),
@@ -275,4 +282,4 @@ def _matmul_flops(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -95,6 +95,23 @@ def test_packed_attention_of_a_graph_is_the_one_chosen_before() -> None:
     assert called == [True]
 
 
+def test_flash_attention_is_a_part_of_the_graph() -> None:
+    """As a teacher's attention on a GPU is traced; what the graph computes cannot run here."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    kernels._ATTEND_IN_GRAPHS["cpu", True] = select_segment_attention("cuda", True)
+    assert kernels._ATTEND_IN_GRAPHS["cpu", True] is not attend_masked
+    seen: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return lambda *_: (torch.zeros(1, 2, 6, 8, dtype=torch.bfloat16),)
+
+    q, k, v = (torch.zeros(1, heads, 6, 8, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    compiled = torch.compile(segment_attention, backend=backend, fullgraph=True, dynamic=False)
+    compiled(q, k, v, Segments.of(torch.tensor([[0, 0, 1, 1, 1, 2]]), 8))
+    assert [name for name in seen if "varlen" in name] == ["torch_attn._varlen_attn"]
+
+
 def test_choosing_flash_attention_tells_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "load_varlen", lambda: (attend_masked, ""))
     assert select_segment_attention("cuda", True) is attend_masked

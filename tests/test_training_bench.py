@@ -181,21 +181,32 @@ def test_every_stage_gives_a_line(small: str, tmp_path: Path, capsys: pytest.Cap
     assert (last["all_tokens"], last["learned_tokens"]) == (True, 96)
 
 
-def test_a_stage_without_memory_says_so_and_the_next_goes_on(
-    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"),
+            ("out_of_memory", "CUDA out of memory. Tried 2 GiB"),
+        ),
+        (RuntimeError("no such kernel"), ("failed", "RuntimeError: no such kernel")),
+    ],
+)
+def test_a_stage_that_ends_early_says_so_and_the_next_goes_on(
+    error: Exception, says: tuple[str, str], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = networks.random_stage
 
     def tight(name: str, *args: Any, **options: Any) -> Stage:
         if name == "stage2":
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+            raise error
         return made(name, *args, **options)
 
     monkeypatch.setattr(distill, "random_stage", tight)
     out = tmp_path / "distill.jsonl"
-    distill.main(["--recipe", small, "--steps", "2", "--no-compile", "--device", "cpu", "--out", str(out)])
+    status = distill.main(["--recipe", small, "--steps", "2", "--no-compile", "--device", "cpu", "--out", str(out)])
     first, second, third = lines(out)
-    assert second["out_of_memory"] == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert second[says[0]] == says[1]
+    assert status == (says[0] == "failed")
     assert "ms" not in second
     assert first["ms"] > 0 < third["ms"]
 
