@@ -19,7 +19,7 @@ from mmmamba.config import EmbeddingConfig, LanguageConfig, ModelConfig
 from mmmamba.model import MMMamba
 
 _TEXT_SAMPLES = 4  # of a packed row, beside its pictures
-_SHORTEST = 16  # tokens of text of a sample
+_SHORTEST = 8  # tokens of text of a sample
 _VOCAB = 49_000  # ids below are text in every vocabulary
 
 
@@ -108,10 +108,15 @@ def random_batches(
 
 def packed_rows(recipe: Recipe, rows: int, model: ModelConfig) -> PackedBatch:
     """Full rows: pictures of 1 to as many tiles as the recipe allows, with text, and a few samples of text alone; the
-    second half of a sample's text is its answer."""
+    second half of a sample's text is its answer. Three quarters of a row are pictures where the recipe sets no number.
+
+    Raises: ValueError if tiles leave no room for text.
+    """
     rng = np.random.default_rng(recipe.seed)
-    tiles = recipe.packed_tiles or recipe.image_seqlen // model.tokens_per_tile
+    tiles = recipe.packed_tiles
     shape = RowShape.of(model, seqlen=recipe.image_seqlen, rows=rows, tiles=tiles, pad_id=2)
+    if tiles is None:
+        tiles = recipe.image_seqlen * 3 // 4 // model.tokens_per_tile
     return pack([_samples(rng, recipe, tiles, model) for _ in range(rows)], shape, PackerState())
 
 
@@ -122,8 +127,11 @@ def _samples(rng: np.random.Generator, recipe: Recipe, tiles: int, model: ModelC
         of_samples.append(min(left, int(rng.integers(1, most + 1))))
     room = recipe.image_seqlen - tiles * model.tokens_per_tile
     of_samples += [0] * _TEXT_SAMPLES
-    while len(of_samples) * _SHORTEST > room:
-        of_samples.pop()
+    if room < len(of_samples) * _SHORTEST:
+        raise ValueError(
+            f"rows of {recipe.image_seqlen} tokens with {tiles} tiles leave {room} tokens for the text of "
+            f"{len(of_samples)} samples; make packed_tiles less or image_seqlen more"
+        )
     lengths = _SHORTEST + rng.multinomial(room - _SHORTEST * len(of_samples), [1 / len(of_samples)] * len(of_samples))
     side = model.image_size
     pieces = []

@@ -87,6 +87,15 @@ def test_packed_rows_are_full(rows: int) -> None:
     assert torch.equal(batch.input_ids, again.input_ids)
 
 
+def test_rows_of_any_number_of_tiles() -> None:
+    model = tiny_teacher()
+    batch = networks.packed_rows(tiny_recipe(packed_tiles=None, image_seqlen=800, max_tiles=20), 1, model)
+    assert batch.pixels is not None
+    assert len(batch.pixels) == 800 * 3 // 4 // model.tokens_per_tile
+    with pytest.raises(ValueError, match="rows of 40 tokens with 8 tiles leave 8 tokens for the text of"):
+        networks.packed_rows(tiny_recipe(image_seqlen=40), 1, model)
+
+
 def linear_products(stage: Stage, batches: Any) -> float:
     """Operations of two-dimensional products that a step really runs: of weights, not of attention or scan."""
     with FlopCounterMode(display=False) as counter:
