@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmmamba.decoder_cpu import cpu_decoder_for
 from mmmamba.model import MMMamba
 from mmmamba.state import DecodeState
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
@@ -148,6 +149,9 @@ def prefill(
 @torch.inference_mode()
 def decode_one_token(model: MMMamba, token: Tensor, state: DecodeState) -> Tensor:
     """Feed one token a row, (batch,) int64, and advance `state`; returns logits (batch, vocab_size)."""
+    fast = cpu_decoder_for(model)
+    if fast is not None and fast.fits(token, state):
+        return fast.decode_one_token(token, state)
     return model(token[:, None], None, state)[:, -1]
 
 
