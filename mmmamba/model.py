@@ -42,7 +42,11 @@ class Block(nn.Module):
         rope: RopeTables | None,
         segments: Segments | None = None,
     ) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments)
+        return self.finish(x, self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer: both residual sums and the MLP. Training may run it by itself."""
+        x = x + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
