@@ -44,7 +44,7 @@ def findings(page: Page) -> list[str]:
 def test_nothing_serious_is_found(browser: Browser, url: str, theme: str) -> None:
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # bounds a hang, also on a busy machine
     page.goto(f"{url}?__theme={theme}")
     page.wait_for_selector("#box textarea")
     page.add_script_tag(path=str(axe))
