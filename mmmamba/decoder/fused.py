@@ -115,7 +115,7 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def disagreement(self, model: MMMamba) -> float:
-        """Relative RMS difference of logits from the plain path over a few tokens from an empty state, NaN if one is."""
+        """Relative RMS difference of logits from the plain path over a few tokens from an empty state, or NaN."""
         mine, plain = model.new_state(), model.new_state()
         errors = []
         for token in range(CHECKED_TOKENS + 1):
