@@ -32,4 +32,6 @@ def _patch_once() -> None:
     internals: Any = interpreter
     if all(hasattr(internals, name) for name in ("_patch_lang", "_LangPatchScope")):
         internals._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        # Triton 3.6 asks numpy for the whole number in an array of one dimension, which numpy 2.4 refuses.
+        tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
         internals._patch_lang = lambda fn: internals._LangPatchScope()

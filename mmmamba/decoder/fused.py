@@ -74,7 +74,8 @@ class FusedDecoder:
         if reason := self.refuses(states, stop_token_ids):
             raise Unsupported(reason)
         space = self._take(sum(state.batch for state in states))
-        session = Session(space, states, params, stop_token_ids, banned, self._give_back)
+        with torch.inference_mode(False):  # what a session allocates may be used outside of that mode
+            session = Session(space, states, params, stop_token_ids, banned, self._give_back)
         space.owner = session
         return session
 
@@ -82,7 +83,10 @@ class FusedDecoder:
         bucket = bucket_of(rows)
         assert bucket is not None, "`refuses` was asked"
         free = self._free.setdefault(bucket, [])
-        return free.pop() if free else Workspace(self.layers, bucket, self.device)
+        if free:
+            return free.pop()
+        with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
+            return Workspace(self.layers, bucket, self.device)
 
     def _give_back(self, space: Workspace) -> None:
         self._free[space.rows].append(space)

@@ -26,6 +26,12 @@ class Binding:
         self.num_rows = sum(state.batch for state in states)
         # Tokens that each state will have seen when everything launched so far is done: (embedding, language).
         self.seqlens = [[stack.seqlen for stack in state.stacks] for state in states]
+        self._limits = [0.0, 0.0]  # positions that both stacks have room for in every row
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a cache has no place for one position more."""
+        return any(n >= limit for seqlens in self.seqlens for n, limit in zip(seqlens, self._limits, strict=True))
 
     def make_room(self) -> None:
         """Caches with a place for one position more, all tensors where the kernels can read them, and tables that say
@@ -36,6 +42,7 @@ class Binding:
                     _settle(layer, seqlen)
         for i in range(len(self.space.turns)):
             self.space.reserve_turns(i, 1 + max(seqlens[i] for seqlens in self.seqlens))
+        self._limits = [_limit(self.states, i) for i in range(len(self.space.turns))]
         # Where everything lies: all that the tables depend on.
         known = [(t.data_ptr(), t.stride(1)) for state in self.states for t in state.tensors().values()]
         if known != self.space.bound:
@@ -144,7 +151,8 @@ class Session:
 
     def advance(self) -> None:
         """Feed the tokens drawn last and draw the next."""
-        self._binding.make_room()
+        if self._binding.is_full:
+            self._binding.make_room()
         self._binding.write_frequencies()
         self._space.run(self._kind)
         for going, seqlens in zip(self._going, self._binding.seqlens, strict=True):
@@ -218,6 +226,12 @@ def _settle(layer: LayerState, seqlen: int) -> None:
         with torch.inference_mode(False):  # as in `KVState.move_`
             layer.conv_state = layer.conv_state.clone(memory_format=torch.contiguous_format)
             layer.ssm_state = layer.ssm_state.clone(memory_format=torch.contiguous_format)
+
+
+def _limit(states: Sequence[DecodeState], stack: int) -> float:
+    """Positions that the smallest cache of a stack has room for; without end where there is none."""
+    layers = [layer for state in states for layer in state.stacks[stack].layers]
+    return min((layer.k_cache.shape[2] for layer in layers if isinstance(layer, KVState)), default=float("inf"))
 
 
 def _is_aligned(t: Tensor) -> bool:

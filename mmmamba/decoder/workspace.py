@@ -54,7 +54,10 @@ class Workspace:
         self.u = {width: buffer(width, torch.float32) for width in widths}
         self.h = {layer.mlp.gate.shape[0]: buffer(layer.mlp.gate.shape[0]) for layer in model.layers}
         self.logits = buffer(model.vocab_size)
-        self.parts: dict[int, Tensor] = {}
+        # Sums of parts of K, by their number: what adds to the residual stream is split to fill the card.
+        adding = () if self.few else [w for layer in model.layers for w in (layer.out_proj, layer.mlp.down)]
+        splits = {gemm_shape(weight, device, split=True).splits for weight in adding}
+        self.parts = {n: torch.zeros(n, rows, hidden, dtype=torch.float32, device=device) for n in splits}
         self.turns = [self._turns(stack, TURNS_CAPACITY) for stack in model.stacks]
         self.partial = [self._partial(stack) for stack in model.stacks]
         self.stretched = [False, False]  # whether a stack's `inv_freq` are other than those of short texts
@@ -86,9 +89,10 @@ class Workspace:
         turns = self.turns[stack]
         if turns is None or not turns.unrotated or seqlen <= turns.table.shape[1]:
             return
-        larger = self._turns(self.model.stacks[stack], next_power_of_2(seqlen))
-        assert larger is not None, "the stack has a table"
-        larger.inv_freq.copy_(turns.inv_freq)
+        with torch.inference_mode(False):
+            larger = self._turns(self.model.stacks[stack], next_power_of_2(seqlen))
+            assert larger is not None, "the stack has a table"
+            larger.inv_freq.copy_(turns.inv_freq)
         self.turns[stack] = larger
         self.graphs.clear()
 
@@ -191,10 +195,7 @@ class Workspace:
 
     def _add(self, y: Tensor, weight: Weight, *, unit: bool, norm: Norm) -> None:
         """x += W y, and `normed` after it."""
-        splits = gemm_shape(weight, self.device, split=True).splits
-        if splits not in self.parts:
-            self.parts[splits] = torch.zeros(splits, *self.x.shape, dtype=torch.float32, device=self.device)
-        parts = self.parts[splits]
+        parts = self.parts[gemm_shape(weight, self.device, split=True).splits]
         product(y, weight, parts, pdl=self.pdl)
         given: dict[str, Any] = {"norm": norm.weight, "normed": self.normed, "eps": norm.eps}
         finish(self.x, parts=parts, unit=unit, **given, pdl=self.pdl)
