@@ -18,13 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mmmamba.kernels import SWITCH
 from mmmamba.model import MMMamba
 
 if TYPE_CHECKING:
     from mmmamba.decoder.fused import FusedDecoder
 
 Choice = Literal["auto", "plain", "fused"]
-SWITCH = "MMMAMBA_DECODER"
 CHOICES = ("auto", "plain", "fused")
 MIN_CAPABILITY = (8, 0)  # the first cards that multiply bf16
 # Relative RMS difference from the plain path that rounding explains, with room: a wrong kernel is off by about 1.
