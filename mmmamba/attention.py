@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from mmmamba.config import StackConfig
-from mmmamba.kernels import segment_attention
+from mmmamba.kernels import infers_on_cuda, segment_attention
 from mmmamba.layers import RopeTables, rotate
 from mmmamba.segments import Segments
 from mmmamba.state import KVState
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             return y
         if seqlen_offset == 0:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=rep > 1)
-        elif q.is_cuda and torch.is_inference_mode_enabled():
+        elif infers_on_cuda(q):
             # A piece of a long prompt. With a mask the GPU would write all scores; this bias only says where they end.
             k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(seqlen, k.shape[2]))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.reference import ssd_scan_ref, ssm_step_ref
-from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, load_varlen, product_dtype
+from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, infers_on_cuda, load_varlen, product_dtype
 from mmmamba.kernels.upstream import load_upstream_scan
 from mmmamba.segments import Segments
 
@@ -43,6 +43,7 @@ __all__ = [
     "FusedOps",
     "Impl",
     "fused_ops",
+    "infers_on_cuda",
     "segment_attention",
     "select_scan",
     "select_segment_attention",
@@ -70,11 +71,9 @@ class FusedOps(Protocol):
 def fused_ops(x: Tensor) -> FusedOps | None:
     """Fused kernels for layers that get x, or None where torch's operators are to be taken: off CUDA, outside of
     inference mode, for float64, under autocast or a compiler, and where the environment says so."""
-    if not x.is_cuda or x.dtype == torch.float64 or not torch.is_inference_mode_enabled():
+    if not infers_on_cuda(x) or x.dtype == torch.float64 or torch.is_autocast_enabled("cuda"):
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or os.environ.get(SWITCH) == "plain":
-        return None
-    return _load_pointwise()
+    return None if os.environ.get(SWITCH) == "plain" else _load_pointwise()
 
 
 @cache

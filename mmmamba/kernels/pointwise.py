@@ -54,13 +54,13 @@ def mix_rows(
     rows = (batch * seqlen + t)[:, None]
     if tl.program_id(1) == tl.num_programs(1) - 1:
         h = tl.arange(0, BLOCK_H)
-        mask = t_ok[:, None] & (h < HEADS)[None, :]
-        x = tl.load(u + rows * u_row + CONV + GATE + h[None, :], mask, other=0.0).to(tl.float32)
-        x += tl.load(dt_bias + h, h < HEADS, other=0.0).to(tl.float32)[None, :]
+        h_mask = t_ok[:, None] & (h < HEADS)[None, :]
+        step = tl.load(u + rows * u_row + CONV + GATE + h[None, :], h_mask, other=0.0).to(tl.float32)
+        step += tl.load(dt_bias + h, h < HEADS, other=0.0).to(tl.float32)[None, :]
         # As `gemv.softplus`: the identity above 20, a series below -5, where log(1 + e) would lose the digits of e.
-        e = tl.exp(tl.minimum(x, 20.0))
-        x = tl.where(x > 20.0, x, tl.where(x < -5.0, e - 0.5 * e * e, tl.log(1.0 + e)))
-        tl.store(dt + rows * HEADS + h[None, :], x, mask)
+        e = tl.exp(tl.minimum(step, 20.0))
+        step = tl.where(step > 20.0, step, tl.where(step < -5.0, e - 0.5 * e * e, tl.log(1.0 + e)))
+        tl.store(dt + rows * HEADS + h[None, :], step, h_mask)
     else:
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         c_ok = c < CONV

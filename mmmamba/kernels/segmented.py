@@ -54,3 +54,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` computes in; autocast does not reach into operators that are not torch's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def infers_on_cuda(x: Tensor) -> bool:
+    """Whether x is on a GPU and no gradient can be asked for; no while a compiler traces, which cannot look at modes."""
+    return not torch.compiler.is_compiling() and x.is_cuda and torch.is_inference_mode_enabled()

@@ -14,7 +14,7 @@ from mmmamba.kernels import ssd_triton
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.pointwise import chunk_steps
 from mmmamba.kernels.reference import check_state
-from mmmamba.kernels.segmented import product_dtype
+from mmmamba.kernels.segmented import infers_on_cuda, product_dtype
 
 MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
@@ -48,7 +48,7 @@ def ssd_scan_triton(
         check_state(initial_state)
     narrow = (t.to(dtype) for t in (x, B, C))
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow)
-    if torch.is_inference_mode_enabled() and x.is_cuda:
+    if infers_on_cuda(x):
         plan = _Plan.of(x, B, C, segment_ids, chunk_size)
         steps = chunk_steps(dt.float(), A.float(), plan.chunk_len)
         y, states = _launch(plan, x, B, C, *steps, initial_state, segment_ids, need_state)
