@@ -1,6 +1,6 @@
 """Time to decode a token on an NVIDIA GPU, at the published size: the fused decoder beside the ways it replaces.
 
-    python -m benchmarks.decode --device cuda
+    python -m benchmarks.decode --device cuda --full-size
 
 Models have random weights, and contexts are not read: states and caches are filled with noise, since speed depends on
 their size alone. Floors are the bytes of a step, counted on the real tensors, over the copy bandwidth measured in the
@@ -10,7 +10,6 @@ the host runs ahead, as in a conversation.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import full_size, machine, report
-from benchmarks.full_size import Kind, Scheme
+from benchmarks.full_size import Kind, Scheme, free_memory
 from benchmarks.published import HuggingFaceTeacher, PublishedStudent
 from benchmarks.report import Record
 from mmmamba import cost
@@ -174,11 +173,6 @@ class Sweep:
         yield measure(name, model, scheme, state, baseline.step, min(self.steps, 20), self.bandwidth)
         del baseline
         free_memory()
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def row(record: Record) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks import full_size, report
-from benchmarks.decode_cuda import free_memory, state_at, step_times_ms
-from benchmarks.full_size import SCHEMES, Scheme, config_of
+from benchmarks.decode_cuda import state_at, step_times_ms
+from benchmarks.full_size import SCHEMES, Scheme, config_of, free_memory
 from mmmamba.decoder.layers import MambaLayer, ModelLayers, gather
 from mmmamba.decoder.session import Binding
 from mmmamba.decoder.workspace import Workspace, phases_of

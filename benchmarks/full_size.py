@@ -5,6 +5,7 @@ The shapes are those of HoVLE-2.6B and mmMamba-2.6B (arXiv:2412.16158, arXiv:250
 
 from __future__ import annotations
 
+import gc
 import re
 from typing import Any, Literal
 
@@ -107,6 +108,12 @@ def random_model(config: ModelConfig, device: torch.device, scheme: Scheme = "bf
                 bits: Literal["int8", "int4"] = "int8" if name == "language.output" else scheme
                 setattr(model.get_submodule(parent), attribute, RoundedLinear(module.weight, bits))
     return model
+
+
+def free_memory() -> None:
+    """Give back what models and states that are no longer held took on a GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class RoundedLinear(nn.Module):

@@ -57,5 +57,5 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def infers_on_cuda(x: Tensor) -> bool:
-    """Whether x is on a GPU and no gradient can be asked for; no while a compiler traces, which cannot look at modes."""
+    """Whether x is on a GPU and no gradient can be asked for; False for a compiler, which cannot trace the question."""
     return not torch.compiler.is_compiling() and x.is_cuda and torch.is_inference_mode_enabled()
