@@ -151,6 +151,7 @@ def _compare(run: Run, name: str, size: str, kind: Kind, layers: tuple[int, int]
         same_argmax=same,
         last_tokens_error=_error(fused[-16:], reference[-16:]),
         made_s=made_s,
+        overlap=decoder.overlap,
     )
     allowed = min(max(1.5 * noise, 1e-3), AGREEMENT[model.dtype])
     run.check(error <= allowed, f"{name}: error {error:.3g}, {allowed:.3g} is allowed")

@@ -85,15 +85,20 @@ def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
         from mmmamba.decoder.layers import Unsupported
     except Exception as error:  # whatever a broken build of Triton raises means "not here"
         return None, f"Triton does not import: {type(error).__name__}: {error}"
-    try:
-        decoder = FusedDecoder(model)
-        difference = decoder.disagreement(model)
-    except Unsupported as error:
-        return None, str(error)
-    except Exception as error:  # a compiler that fails on this card raises its own; the plain path needs none
-        log.warning("the fused decoder failed on this card and is not used", exc_info=True)
-        return None, f"it fails here: {type(error).__name__}: {error}"
-    if not difference <= AGREEMENT[model.dtype]:
-        log.warning("the fused decoder differs from the plain path by %.2g on this card and is not used", difference)
-        return None, f"it differs from the plain path by {difference:.2g}"
-    return decoder, ""
+    reason = ""
+    # Where kernels cannot overlap on a card, or do so wrongly, they may still do one after the other.
+    for overlap in (True, False):
+        try:
+            decoder = FusedDecoder(model, overlap=overlap)
+            difference = decoder.disagreement(model)
+        except Unsupported as error:
+            return None, str(error)
+        except Exception as error:  # a compiler that fails on this card raises its own; the plain path needs none
+            log.warning("the fused decoder failed on this card (overlap: %s)", overlap, exc_info=True)
+            reason = f"it fails here: {type(error).__name__}: {error}"
+            continue
+        if difference <= AGREEMENT[model.dtype]:
+            return decoder, ""
+        log.warning("the fused decoder differs from the plain path by %.2g (overlap: %s)", difference, overlap)
+        reason = f"it differs from the plain path by {difference:.2g}"
+    return None, reason

@@ -24,10 +24,12 @@ class FusedDecoder:
     Workspaces are kept by their number of rows and used again, so a thousand sessions need the memory of as many as
     are open at once, and graphs are captured once.
 
+    Args: overlap: let kernels start before the ones ahead of them end, on cards that can.
     Raises: Unsupported if the kernels cannot run this model.
     """
 
-    def __init__(self, model: MMMamba) -> None:
+    def __init__(self, model: MMMamba, *, overlap: bool = True) -> None:
+        self.overlap = overlap
         self.layers = gather(model)
         self.device = model.device
         self._fingerprint = model.config.fingerprint()
@@ -86,7 +88,7 @@ class FusedDecoder:
         if free:
             return free.pop()
         with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
-            return Workspace(self.layers, bucket, self.device)
+            return Workspace(self.layers, bucket, self.device, overlap=self.overlap)
 
     def _give_back(self, space: Workspace) -> None:
         self._free[space.rows].append(space)

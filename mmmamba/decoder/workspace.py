@@ -38,10 +38,10 @@ class Workspace:
     and values and the capacity of their cache.
     """
 
-    def __init__(self, model: ModelLayers, rows: int, device: torch.device) -> None:
+    def __init__(self, model: ModelLayers, rows: int, device: torch.device, *, overlap: bool = True) -> None:
         self.model, self.rows, self.device = model, rows, device
         self.few = rows <= FEW_ROWS
-        self.pdl = overlaps_launches(device)
+        self.pdl = overlap and overlaps_launches(device)
         self.draws = Draws.allocate(rows, model.vocab_size, device)
         self.tables = torch.zeros(num_entries(model), rows, dtype=torch.int64, device=device)
 
