@@ -51,11 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = recipe.stages[name]
         image_batch = args.image_batch or config.image_batch
         stage = _stage(name, device, compiled=args.compile)
-        batches = [
-            (1.0, _random(stage.model.config, recipe.image_seqlen, image_batch, config.image_answer_tokens, True))
-        ]
+        shape = recipe.image_seqlen, image_batch, config.image_answer_tokens, recipe.pictures
+        batches = [(1.0, _random(stage.model.config, *shape))]
         if config.text_batch:
-            text = _random(stage.model.config, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, False)
+            text = _random(stage.model.config, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, 0)
             batches.append((config.text_weight, text))
         record = _measure(name, stage, batches, config, args) | {
             "device": device_name(device),
@@ -85,16 +84,16 @@ def _stage(name: str, device: torch.device, *, compiled: bool) -> Stage:
     return LayerStage(teacher, student, train_vkq=name == "stage2", compiled=compiled)
 
 
-def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | None, image: bool) -> Inputs:
+def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | None, pictures: int) -> Inputs:
     ids = torch.randint(3, 49_000, (batch, seqlen))
     start = 5
-    if image:
+    for _ in range(pictures):
         ids[:, start : start + config.tokens_per_tile] = IMG_CONTEXT_TOKEN_ID
-        start += config.tokens_per_tile
+        start += config.tokens_per_tile + 5
     mask = torch.zeros(batch, seqlen, dtype=torch.bool)
-    mask[:, start + 8 : start + 8 + (answer_tokens or 16)] = True
+    mask[:, start : start + (answer_tokens or 16)] = True
     side = config.image_size
-    pixels = torch.randint(0, 255, (batch, side, side, 3), dtype=torch.uint8) if image else None
+    pixels = torch.randint(0, 255, (batch * pictures, side, side, 3), dtype=torch.uint8) if pictures else None
     return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens)
 
 
@@ -127,7 +126,7 @@ def _measure(
         "graph": args.graph,
         "first_ms": round(first),
         "ms": round(ms, 1),
-        "images_per_s": round(batches[0][1].shape[0] / ms * 1e3),
+        "rows_per_s": round(batches[0][1].shape[0] / ms * 1e3),
         "peak_bytes": peak_memory_bytes(stage.model.device),
     }
 

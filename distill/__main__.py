@@ -86,7 +86,7 @@ def run_everything(args: argparse.Namespace) -> None:
             raise ValueError(f"recipe {run.recipe.name} trains no teacher; pass one with --teacher")
         teacher = str(args.out / "teacher")
         train_teacher(run, args.base, args.out / "teacher")
-    run_all(run, teacher, args.out)
+    run_all(run, teacher, args.out, layers_from=args.layers_from)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -160,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     for name in STUDENT_STAGES:
         _training(_data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it."))))
     everything = _training(_data(_student(command("run", run_everything), needed=False)))
-    _base(everything)
+    _base(everything).add_argument(
+        "--layers-from",
+        type=Path,
+        metavar="OUT",
+        help="take stages 1 and 2 from this student of the same teacher: a linear one's serve a hybrid",
+    )
     _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
     evaluate = _data(command("eval", run_eval))
     evaluate.add_argument("model")

@@ -12,6 +12,7 @@ from mmmamba.config import LayerType, ModelConfig
 
 STAGES = ("teacher", "stage1", "stage2", "stage3")
 STUDENT_STAGES = STAGES[1:]
+LAYER_STAGES = ("stage1", "stage2")  # each layer by itself
 RECIPES_DIR = Path(__file__).parent / "recipes"
 _SCHEDULE_STEPS = ("warmup_steps", "stable_steps", "decay_steps")
 # What may change while a stage is under way: it says how a step is computed and kept, not what comes out.
@@ -118,6 +119,7 @@ class Recipe:
     image_seqlen: int = 128
     text_seqlen: int = 256
     max_tiles: int = 1  # tiles a picture may be cut into
+    pictures: int = 1  # a row; above 1, as many samples of one picture each are joined into a conversation
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -158,7 +160,7 @@ class Recipe:
         strange = [i for i in self.softmax_layers if not isinstance(i, int) or i < 0]
         if strange or len(set(self.softmax_layers)) < len(self.softmax_layers):
             raise ValueError(f"softmax_layers {list(self.softmax_layers)}; list numbers from 0 on, each once")
-        for name in ("image_seqlen", "text_seqlen", "max_tiles"):
+        for name in ("image_seqlen", "text_seqlen", "max_tiles", "pictures"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number above 0")
         if self.shape.num_layers is not None:

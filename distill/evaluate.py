@@ -13,7 +13,7 @@ import torch
 
 from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.photos import Photos
-from distill.data.sample import Sample
+from distill.data.sample import Sample, Spelled
 from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, held_out
 from mmmamba.model import MMMamba
 
@@ -52,7 +52,7 @@ def accuracy(
         if needs.get(task, ...) is None:
             continue
         made = [
-            rows.row(Sample(q.image, ((q.question, q.answer.split(ALTERNATIVES)[0]),), task))
+            rows.row(Sample(q.image, ((q.question, _best(q.answer)),), task))
             for q in held_out(task, count, photos=photos, icons=icons, fonts=fonts, nlvr=nlvr)
         ]
         fitting = [row for row in made if row is not None]
@@ -63,3 +63,8 @@ def accuracy(
         ]
         result[task] = round(float(torch.cat(hits).mean()), 4)
     return result
+
+
+def _best(answer: str) -> str:
+    """The first of several right answers, as it is written."""
+    return answer if isinstance(answer, Spelled) else answer.split(ALTERNATIVES)[0]

@@ -62,14 +62,8 @@ class Kept:
         Raises: ValueError if the file is damaged, of another recipe, or of other tensors.
         """
         path = self.path(stage)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete it to run {stage} again") from error
-        if differ := differences(json.loads(metadata.get(_FACTS, "{}")), self.facts):
+        facts, tensors = _read(path, stage)
+        if differ := differences(facts, self.facts):
             raise ValueError(
                 f"{path} was made by another recipe: {', '.join(differ)}; put the recipe back, take another --out, or "
                 f"delete {self.folder} to begin anew"
@@ -80,6 +74,33 @@ class Kept:
             raise ValueError(f"{path} is of another student: {', '.join(differ[:4])}; take another --out")
         for name, tensor in mine.items():
             tensor.copy_(like(tensors[name], tensor))
+
+
+    def adopt(self, stage: str, other: Path, student: MMMamba) -> None:
+        """Keep what another student of the same teacher made of this one's mixers in a layer by layer stage.
+
+        Args: other: the other student's folder; all of this one's mixers must be among its own.
+        Raises: ValueError if the file is missing, damaged, of another teacher, or lacks a mixer.
+        """
+        path = Kept(other, {}).path(stage)
+        facts, tensors = _read(path, stage)
+        if differ := differences({"teacher": facts.get("teacher")}, {"teacher": self.facts.get("teacher")}):
+            raise ValueError(f"{path} is of another student's teacher: {', '.join(differ)}; take one of the same")
+        mine = mixers(student)
+        if missing := sorted(mine.keys() - tensors.keys()):
+            raise ValueError(f"{path} has no {missing[0]} and {len(missing) - 1} more; take a student with these mixers")
+        self.write(stage, {name: tensors[name] for name in mine})
+
+
+def _read(path: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The facts and tensors of a file.  Raises: ValueError if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            return json.loads(metadata.get(_FACTS, "{}")), {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to run {stage} again") from error
 
 
 def mixers(student: MMMamba) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole
-from distill.config import STUDENT_STAGES, Recipe
+from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
 from distill.convert import make_student
 from distill.distributed import Processes
 from distill.evaluate import accuracy
@@ -99,10 +99,13 @@ def train_teacher(run: Run, base: str, out: Path, *, weights: str | None = None)
     run.processes.wait()
 
 
-def convert(run: Run, teacher_dir: str, out: Path) -> None:
+def convert(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None = None) -> None:
     """Seed a student's mixers from its teacher and keep them in `out`.
 
-    Raises: ValueError if the teacher does not fit the recipe.
+    Args:
+        layers_from: folder of a student of the same teacher, whose stages 1 and 2 are taken instead of trained: there
+            every layer learns by itself, so what was learned for a linear student is right for a hybrid too.
+    Raises: ValueError if the teacher does not fit the recipe, or the other student does not.
     """
     teacher = load_model(teacher_dir)
     types = run.recipe.layer_types(teacher.config)
@@ -113,6 +116,10 @@ def convert(run: Run, teacher_dir: str, out: Path) -> None:
         student = make_student(teacher, *types, seed=run.recipe.seed)
         kept.write(CONVERT, whole_mixers(student))
         run.say(f"{CONVERT}: {student.config.kind} student kept in {kept.path(CONVERT)}")
+        for name in LAYER_STAGES if layers_from is not None else ():
+            if name in run.recipe.stages:
+                kept.adopt(name, layers_from, student)
+                run.say(f"{name}: taken from {layers_from}")
     run.processes.wait()
 
 
@@ -172,9 +179,9 @@ def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -
     run.processes.wait()
 
 
-def run_all(run: Run, teacher_dir: str, out: Path) -> None:
-    """Everything that a recipe names after its teacher, in order."""
-    convert(run, teacher_dir, out)
+def run_all(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None = None) -> None:
+    """Everything that a recipe names after its teacher, in order; `layers_from` as in `convert`."""
+    convert(run, teacher_dir, out, layers_from=layers_from)
     for name in run.recipe.stages:
         if name in STUDENT_STAGES:
             train_stage(run, name, teacher_dir, out)
@@ -218,7 +225,7 @@ def _report(run: Run, model: MMMamba, name: str, data: Data) -> None:
     if not run.eval_count or not (run.processes.is_main or run.shard):
         return
     named = accepted(accuracy, data.places.named) | {"nlvr": nlvr_folder(data.places.text)}
-    scores = accuracy(model, data.rows("image"), data.val_photos, count=run.eval_count, **named)
+    scores = accuracy(model, data.rows("image", pictures=1), data.val_photos, count=run.eval_count, **named)
     line = json.dumps({"stage": name, "eval_count": run.eval_count, "exact_match": scores})
     run.say(line)
     if run.processes.is_main:

@@ -110,8 +110,11 @@ class Data:
         }
         self.val_photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
 
-    def rows(self, kind: RowKind) -> Rows:
-        """What makes rows of a kind.  Raises: ValueError if the recipe cuts pictures and rows cannot."""
+    def rows(self, kind: RowKind, *, pictures: int | None = None) -> Rows:
+        """What makes rows of a kind, of as many pictures as the recipe says or another number.
+
+        Raises: ValueError if the recipe cuts pictures and rows cannot.
+        """
         extra: dict[str, Any] = {}
         if kind == "image" and self.recipe.max_tiles > 1:
             if "max_tiles" not in inspect.signature(Rows).parameters:
@@ -120,6 +123,8 @@ class Data:
                     "hold one tile a picture so far; set max_tiles: 1 in a copy of the recipe"
                 )
             extra["max_tiles"] = self.recipe.max_tiles
+        if kind == "image":
+            extra["num_images"] = pictures or self.recipe.pictures
         return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind], **extra)
 
     def batches(self, kind: RowKind, stage: str, *, start: int = 0) -> Iterator[Batch] | None:
@@ -145,6 +150,7 @@ class Data:
             start=start,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            joined=kind == "image",
         )
         made = loader(mixture, num_workers=self.workers if kind == "image" else min(1, self.workers))
         made.worker_init_fn = ignore_interrupts

@@ -68,12 +68,13 @@ TEMPLATES = {
 @dataclass(frozen=True)
 class Turn:
     """One question and its answer. `image_tiles`: the tiles of every new image, thumbnail included, in order.
-    `image_places`: where they stand, see `encode_user_turn`."""
+    `image_places`: where they stand, see `encode_user_turn`. `spelled`: the reply is written in single characters."""
 
     text: str
     reply: str | None = None
     image_tiles: tuple[int, ...] = ()
     image_places: tuple[int, ...] | None = None
+    spelled: bool = False
 
 
 def get_template(name: str) -> Template:
@@ -184,7 +185,8 @@ def conversation_ids(
             if i < len(turns) - 1:
                 raise PromptError(f"turn {i + 1} of {len(turns)} has no reply; only the last turn may lack it")
             return ids, mask
-        said = encode_reply(tokenizer, turn.reply)
+        pieces = turn.reply if turn.spelled else (turn.reply,)
+        said = [id for piece in pieces for id in encode_reply(tokenizer, piece)]
         ids += said
         mask += [True] * len(said)
     closing = _encode(tokenizer, [tokenizer.token_id(TURN_END), get_template(config.template).separator])

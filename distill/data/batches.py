@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.data.photos import squash
-from distill.data.sample import IMAGE_TAG, Sample
+from distill.data.sample import IMAGE_TAG, Sample, Spelled
 from mmmamba.config import ModelConfig
 from mmmamba.image import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba.prompt import TURN_END, Turn, conversation_ids
@@ -24,6 +24,8 @@ from mmmamba.tokenizer import Tokenizer
 
 RowKind = Literal["image", "text"]
 DEFAULT_SEQLEN: dict[RowKind, int] = {"image": 160, "text": 256}
+_CHARS_PER_TOKEN = 3  # of questions and short answers
+_LABEL_TOKENS = 8  # around an image
 
 
 class Batch(NamedTuple):
@@ -87,6 +89,12 @@ class Rows:
         # Never read by an earlier position and never learned, so any id would do.
         self.pad_id = tokenizer.token_id(TURN_END)
 
+    @property
+    def chars_per_image(self) -> int:
+        """Characters of text that about fit beside each image of a row."""
+        images = max(1, self.num_images)
+        return _CHARS_PER_TOKEN * (self.seqlen // images - self.config.tokens_per_tile - _LABEL_TOKENS)
+
     def row(self, sample: Sample) -> Row | None:
         """The sample with as many whole turns as fit; None if the first does not, or if it leaves another number of
         images than the rows have.
@@ -123,13 +131,17 @@ class Rows:
 def _turns(sample: Sample) -> list[Turn]:
     """The turns as the prompt takes them, with the images where they stand."""
     if not sample.placed:
-        first, *others = sample.turns
-        return [Turn(*first, (1,) * len(sample.images)), *(Turn(*turn) for turn in others)]
+        new_images = sample.new_images or (len(sample.images), *[0] * (len(sample.turns) - 1))
+        return [
+            Turn(question, answer, (1,) * count, spelled=isinstance(answer, Spelled))
+            for (question, answer), count in zip(sample.turns, new_images, strict=True)
+        ]
     turns = []
     for question, answer in sample.turns:
         pieces = question.split(IMAGE_TAG)
         places = tuple(itertools.accumulate(len(piece) for piece in pieces[:-1]))
-        turns.append(Turn("".join(pieces), answer, (1,) * len(places), places))
+        spelled = isinstance(answer, Spelled)
+        turns.append(Turn("".join(pieces), answer, (1,) * len(places), places, spelled))
     return turns
 
 

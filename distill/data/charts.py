@@ -1,4 +1,4 @@
-"""Bar, line and pie charts with questions that the picture answers for certain."""
+"""Bar, line and pie charts with questions that the picture answers for certain; names are `Spelled`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distill.data.chart import Chart, draw_chart, random_chart
 from distill.data.fonts import Fonts, open_fonts
-from distill.data.sample import QA, Sample, Split, casual, check_split, join_words, rng_for, sentence, yes_no
+from distill.data.sample import QA, Sample, Spelled, Split, casual, check_split, join_words, rng_for, sentence, yes_no
 from distill.data.shapes import NUMBERS
 from distill.data.sheet import Sheet
 
@@ -28,7 +28,7 @@ def ask_title(chart: Chart, rng: random.Random) -> QA | None:
         "What does the {} chart show?",
         "Which title does the chart have?",
     ]
-    return rng.choice(templates).format(_kind(chart)), sentence(chart.title)
+    return rng.choice(templates).format(_kind(chart)), Spelled(sentence(chart.title))
 
 
 def ask_value(chart: Chart, rng: random.Random) -> QA | None:
@@ -78,7 +78,7 @@ def ask_extreme(chart: Chart, rng: random.Random) -> QA | None:
     if chart.kind == "line":
         templates = ["When is it the {0}?", "Where is the line {0}?", "Which has the {0} value?"]
         words = ("highest",) if largest else ("lowest",)
-    return rng.choice(templates).format(rng.choice(words), chart.part), sentence(chart.names[ranked[0]])
+    return rng.choice(templates).format(rng.choice(words), chart.part), Spelled(sentence(chart.names[ranked[0]]))
 
 
 def ask_which(chart: Chart, rng: random.Random) -> QA | None:
@@ -94,7 +94,7 @@ def ask_which(chart: Chart, rng: random.Random) -> QA | None:
         "Where do you read {0}?",
         "For which name is the value {0}?",
     ]
-    return rng.choice(templates).format(_said(chart, i), chart.part), sentence(chart.names[i])
+    return rng.choice(templates).format(_said(chart, i), chart.part), Spelled(sentence(chart.names[i]))
 
 
 def ask_count(chart: Chart, rng: random.Random) -> QA | None:
@@ -136,7 +136,7 @@ def ask_compare(chart: Chart, rng: random.Random) -> QA | None:
     if rng.random() < 0.35:
         a, b = rng.sample((more, less), 2)
         templates = ["Which is larger, {} or {}?", "{} or {}: which is more?", "What is higher, {} or {}?"]
-        return rng.choice(templates).format(chart.names[a], chart.names[b]), sentence(chart.names[more])
+        return rng.choice(templates).format(chart.names[a], chart.names[b]), Spelled(sentence(chart.names[more]))
     truth, smaller = rng.random() < 0.5, rng.random() < 0.3
     a, b = (more, less) if truth != smaller else (less, more)
     word = rng.choice(("smaller", "lower", "less") if smaller else ("larger", "higher", "more"))
@@ -147,7 +147,7 @@ def ask_compare(chart: Chart, rng: random.Random) -> QA | None:
 def ask_names(chart: Chart, rng: random.Random) -> QA | None:
     """Everything that the chart names, in order."""
     templates = ["List the names.", "Which {}s are there?", "What are the labels?", "Which labels do you see?"]
-    return rng.choice(templates).format(chart.part), sentence(join_words(chart.names))
+    return rng.choice(templates).format(chart.part), Spelled(sentence(join_words(chart.names)))
 
 
 def ask_describe(chart: Chart, rng: random.Random) -> QA | None:
@@ -161,7 +161,7 @@ def ask_describe(chart: Chart, rng: random.Random) -> QA | None:
         "What kind of chart is this?",
     ]
     answer = f'A {_kind(chart)} chart titled "{chart.title}" with {join_words(chart.names)}.'
-    return rng.choice(templates), answer
+    return rng.choice(templates), Spelled(answer)
 
 
 QUESTIONS: dict[str, Callable[[Chart, random.Random], QA | None]] = {

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from distill.data.icon_scene import open_drawing, read_drawings
 from distill.data.photos import squash
+from distill.data.restyle import bend, restyle
 from distill.data.sample import QA, Sample, Split, casual, check_split, join_words, rng_for, sentence, yes_no
 from distill.data.scene import COLORS, draw_background, random_look
 
@@ -130,7 +131,12 @@ def ask_colors(flag: Flag, rng: random.Random) -> QA:
 
 def _draw_flat(drawing: Image.Image, rng: random.Random) -> Image.Image:
     background = random_look(rng)
-    if rng.random() < 0.45:
+    if rng.random() < 0.6:
+        drawing = restyle(drawing, rng)
+    bent = rng.random() < 0.35
+    if bent:
+        drawing = bend(drawing, rng)
+    elif rng.random() < 0.35:
         flat = Image.new("RGB", drawing.size, background.background)
         flat.paste(drawing, (0, 0), drawing)
         return squash(flat, _SIZE_PX)
@@ -138,7 +144,7 @@ def _draw_flat(drawing: Image.Image, rng: random.Random) -> Image.Image:
     height = width / rng.uniform(1.0, 2.0)
     size = (round(width * _SIZE_PX), round(height * _SIZE_PX))
     drawing = drawing.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-    if rng.random() < 0.4:
+    if not bent and rng.random() < 0.6:
         drawing = ImageOps.expand(drawing, 1, (90, 90, 90, 255))  # or a white stripe ends in a white background
     if rng.random() < 0.3:
         drawing = drawing.rotate(rng.uniform(-9, 9), Image.Resampling.BILINEAR, expand=True)

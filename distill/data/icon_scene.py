@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from distill.data.photos import read_records
+from distill.data.restyle import restyle
 from distill.data.sample import Split, check_split
 from distill.data.scene import Look, draw_background, random_look
 from distill.data.things import Thing
@@ -121,9 +122,16 @@ def read_icons(path: Path, split: Split | None) -> list[Icon]:
     return icons
 
 
-def make_scene(icons: Sequence[Icon], rng: random.Random) -> tuple[IconScene, Image.Image]:
-    """A scene of these 1 to `MAX_ICONS` icons, anywhere or in a tidy row, and its picture (RGB, 224 x 224)."""
+def make_scene(
+    icons: Sequence[Icon], rng: random.Random, *, restyled: bool = False
+) -> tuple[IconScene, Image.Image]:
+    """A scene of these 1 to `MAX_ICONS` icons, anywhere or in a tidy row, and its picture (RGB, 224 x 224).
+
+    Args: restyled: change most of the drawings, see `distill.data.restyle`.
+    """
     drawn = [icon.open() for icon in icons]
+    if restyled and rng.random() < 0.7:
+        drawn = [restyle(picture, rng) for picture in drawn]
     low, high = _SIDES[len(icons) - 1]
     sides = [rng.uniform(low, high) for _ in icons]
     turned = rng.random() < 0.25

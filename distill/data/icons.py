@@ -18,7 +18,7 @@ _LAST_SHARE = 0.8  # of the pictures whose last question is for everything in th
 class Icons:
     """Endless pictures of icons with one to five questions each. A `Source`.
 
-    Split "train" is drawn in the styles that are trained on, "val" in styles that are not. Neither shows a thing that
+    Split "train" is drawn in the styles that are trained on, changed at random, "val" in styles that are not. Neither shows a thing that
     is never taught (`distill.data.unseen`).
     """
 
@@ -39,7 +39,7 @@ class Icons:
     def scene(self, seed: int, index: int, attempt: int = 0) -> tuple[IconScene, Sample]:
         """What `sample` shows, and the sample."""
         rng = rng_for(self.name, self.split, seed, index, attempt)
-        scene, image = make_scene(self._choose(rng), rng)
+        scene, image = make_scene(self._choose(rng), rng, restyled=self.split == "train")
         num_turns = rng.choice((0, 1, 2, 3, 4))
         last = not num_turns or rng.random() < _LAST_SHARE
         turns: list[QA] = []

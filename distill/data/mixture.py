@@ -21,6 +21,7 @@ from distill.data.photos import Photos
 from distill.data.sample import Sample, Source, Split, rng_for
 from distill.data.shapes import Shapes
 from distill.data.text import Conversations
+from distill.data.together import join
 from distill.data.unknown import Unknown
 
 _MOST_ATTEMPTS = 100
@@ -109,12 +110,14 @@ class Mixture(IterableDataset[Batch]):
 
     Args:
         sources: sources with their weights, the mean share of each in a batch (they need not add up to 1).
-        rows: makes the rows, and says by its kind whether the samples have a picture.
+        rows: makes the rows, and says by its kind whether the samples have a picture. If its rows hold several, as many
+            samples of one picture are joined into a conversation (see `distill.data.together`) where `joined` is set.
         batch_size: rows a batch.
         seed: another seed is another stream.
         start: number of the first batch, to go on where a run stopped.
         rank, world_size: of several processes that train together, each takes every `world_size`-th batch; `start`
             counts the batches of one process.
+        joined: sources give one picture a sample, rows hold `rows.num_images`.
     Raises: ValueError for no sources, sources of different splits, a weight below 0, only zeros, or a bad size.
     """
 
@@ -128,6 +131,7 @@ class Mixture(IterableDataset[Batch]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        joined: bool = False,
     ) -> None:
         if not sources:
             raise ValueError("the mixture is empty; give at least one source")
@@ -152,9 +156,16 @@ class Mixture(IterableDataset[Batch]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
+        self.joined = rows.num_images if joined else 1
 
     def sample(self, index: int, attempt: int = 0) -> Sample:
-        """Sample number `index` of the stream."""
+        """Sample number `index` of the stream, of all the pictures of a row."""
+        if self.joined == 1:
+            return self._drawn(index, attempt)
+        parts = [self._drawn(index * self.joined + i, attempt) for i in range(self.joined)]
+        return join(parts, rng_for("joined", self.seed, index, attempt), chars=self.rows.chars_per_image)
+
+    def _drawn(self, index: int, attempt: int) -> Sample:
         source = rng_for("mixture", self.seed, index).choices(self.sources, self.weights)[0]
         return source.sample(self.seed, index, attempt)
 

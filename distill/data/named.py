@@ -11,11 +11,11 @@ from distill.data.digits import Digits
 from distill.data.fonts import Fonts
 from distill.data.internvl import InternVL
 from distill.data.nlvr import Nlvr
-from distill.data.printed import Printed
+from distill.data.printed import LargePrint, Printed
 from distill.data.sample import Source, Split
 from distill.data.webdataset import WebDataset
 
-NAMES = (Printed.name, Charts.name, Digits.name, Nlvr.name)
+NAMES = (Printed.name, LargePrint.name, Charts.name, Digits.name, Nlvr.name)
 _OWN = re.compile(r"(internvl|internvl-text|internvl-(\d+)|webdataset):(.+)")
 
 
@@ -33,6 +33,8 @@ def open_named(
     """
     if name == Printed.name:
         return Printed(split, fonts=fonts)
+    if name == LargePrint.name:
+        return LargePrint(split, fonts=fonts)
     if name == Charts.name:
         return Charts(split, fonts=fonts)
     if name == Digits.name:

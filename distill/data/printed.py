@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from distill.data.fonts import Fonts, open_fonts
 from distill.data.page import Page, PageKind, Press
@@ -47,6 +48,7 @@ class Printed:
     """Endless pages of text with one to five questions each. A `Source`."""
 
     name = "printed"
+    min_px: ClassVar[dict[Split, int]] = MIN_PX
 
     def __init__(self, split: Split = "train", *, fonts: str | Path | Fonts | None) -> None:
         """
@@ -59,7 +61,7 @@ class Printed:
                 "printed text needs fonts; pass fonts= with the file that python -m distill.data.fonts_pack makes"
             )
         self.split = check_split(split)
-        self.press = Press(Words(split), open_fonts(fonts, split), MIN_PX[split])
+        self.press = Press(Words(split), open_fonts(fonts, split), self.min_px[split])
 
     def page(self, seed: int, index: int, attempt: int = 0) -> tuple[Page, tuple[QA, ...]]:
         """The page and the questions behind `sample`."""
@@ -94,3 +96,17 @@ class Printed:
 
     def _ask_there(self, page: Page, rng: random.Random) -> QA | None:
         return ask_there(page, rng, self.press.words)
+
+
+class LargePrint(Printed):
+    """A few words in large letters, to be read out and nothing else: what reading is learned on first."""
+
+    name = "large_print"
+    min_px: ClassVar[dict[Split, int]] = {"train": 26, "val": 26}
+
+    def page(self, seed: int, index: int, attempt: int = 0) -> tuple[Page, tuple[QA, ...]]:
+        rng = rng_for(self.name, self.split, seed, index, attempt)
+        page = random_page(rng, self.press, rng.choice(("words", "words", "sign")))
+        read = ask_read(page, rng)
+        assert read is not None, "such a page can be read"
+        return page, ((casual(rng, read[0]), read[1]),)

@@ -1,6 +1,7 @@
 """Questions about a page of text.
 
-What is read back is answered to the letter, without a full stop of our own; everything else is a short sentence.
+What is read back is answered to the letter, without a full stop of our own; everything else is a short sentence. An
+answer with text from the page is `Spelled`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import random
 from decimal import Decimal
 
 from distill.data.page import Page, PageKind
-from distill.data.sample import QA, join_words, sentence, yes_no
+from distill.data.sample import QA, Spelled, join_words, sentence, yes_no
 from distill.data.shapes import NUMBERS
 from distill.data.words import Words, words_of
 
@@ -47,7 +48,7 @@ def ask_read(page: Page, rng: random.Random) -> QA | None:
         templates += ["Which word is this?", "What word is shown?", "Read the word.", "What is the word?"]
     if page.kind == "lines":
         templates += ["Read the note.", "What do the lines say?", "Read all lines."]
-    return rng.choice(templates), page.text
+    return rng.choice(templates), Spelled(page.text)
 
 
 def ask_word(page: Page, rng: random.Random) -> QA | None:
@@ -66,7 +67,7 @@ def ask_word(page: Page, rng: random.Random) -> QA | None:
             "What is on the {} line?",
             "The {} line says what?",
         ]
-        return rng.choice(templates).format(place), page.lines[number]
+        return rng.choice(templates).format(place), Spelled(page.lines[number])
     if not _only_words(page):
         return None
     place, word = rng.choice((("first", words[0]), ("last", words[-1])))
@@ -77,7 +78,7 @@ def ask_word(page: Page, rng: random.Random) -> QA | None:
         "Read only the {} word.",
         "Tell me the {} word.",
     ]
-    return rng.choice(templates).format(place), word
+    return rng.choice(templates).format(place), Spelled(word)
 
 
 def ask_there(page: Page, rng: random.Random, words: Words) -> QA | None:
@@ -139,10 +140,10 @@ def ask_letter(page: Page, rng: random.Random) -> QA | None:
     roll = rng.random()
     if roll < 0.4:
         templates = ["Spell the word.", "How is the word spelled?", "Spell it letter by letter.", "Can you spell this?"]
-        return rng.choice(templates), "-".join(page.text.upper())
+        return rng.choice(templates), Spelled("-".join(page.text.upper()))
     place, letter = ("first", page.text[0]) if roll < 0.8 else ("last", page.text[-1])
     templates = ["What is the {} letter?", "Which letter comes {}?", "Tell me the {} letter of the word."]
-    return rng.choice(templates).format(place), letter.upper()
+    return rng.choice(templates).format(place), Spelled(letter.upper())
 
 
 def ask_price(page: Page, rng: random.Random) -> QA | None:
@@ -160,7 +161,7 @@ def ask_price(page: Page, rng: random.Random) -> QA | None:
             "What is the sum?",
             "Total?",
         ]
-        return rng.choice(templates), sentence(page.total)
+        return rng.choice(templates), Spelled(sentence(page.total))
     item, price = rng.choice(page.fields)
     name = item if rng.random() < 0.3 else item.lower()
     if roll < 0.7:
@@ -173,11 +174,11 @@ def ask_price(page: Page, rng: random.Random) -> QA | None:
             "What did the {} cost?",
             "Price of the {}?",
         ]
-        return rng.choice(templates).format(name), sentence(price)
+        return rng.choice(templates).format(name), Spelled(sentence(price))
     if roll < 0.8:
         same = [other for other, amount in page.fields if amount == price]
         templates = ["Which item costs {}?", "What costs {}?", "What was bought for {}?", "Which thing is {}?"]
-        return (rng.choice(templates).format(price), sentence(item)) if len(same) == 1 else None
+        return (rng.choice(templates).format(price), Spelled(sentence(item))) if len(same) == 1 else None
     if roll < 0.9:
         templates = [
             "Which shop is this from?",
@@ -185,14 +186,14 @@ def ask_price(page: Page, rng: random.Random) -> QA | None:
             "Where was this bought?",
             "Which store is it?",
         ]
-        return rng.choice(templates), sentence(page.title)
+        return rng.choice(templates), Spelled(sentence(page.title))
     ranked = sorted(page.fields, key=lambda field: _amount(field[1]))
     most = rng.random() < 0.6
     (best, price), (_, second) = (ranked[-1], ranked[-2]) if most else ranked[:2]
     if price == second:
         return None
     word = rng.choice(("most expensive", "dearest")) if most else "cheapest"
-    return rng.choice(("What is the {} item?", "Which item is the {}?")).format(word), sentence(best)
+    return rng.choice(("What is the {} item?", "Which item is the {}?")).format(word), Spelled(sentence(best))
 
 
 def ask_items(page: Page, rng: random.Random) -> QA | None:
@@ -200,7 +201,7 @@ def ask_items(page: Page, rng: random.Random) -> QA | None:
     if page.kind != "receipt":
         return None
     templates = ["What was bought?", "List the items.", "Which items are on the receipt?", "What did they buy?"]
-    return rng.choice(templates), sentence(join_words([item for item, _ in page.fields]))
+    return rng.choice(templates), Spelled(sentence(join_words([item for item, _ in page.fields])))
 
 
 def ask_cell(page: Page, rng: random.Random) -> QA | None:
@@ -211,21 +212,21 @@ def ask_cell(page: Page, rng: random.Random) -> QA | None:
     roll = rng.random()
     if roll < 0.15:
         templates = ["What are the columns?", "Which columns does the table have?", "Read the header of the table."]
-        return rng.choice(templates), sentence(join_words(header))
+        return rng.choice(templates), Spelled(sentence(join_words(header)))
     if roll < 0.25:
         templates = ["Which rows are there?", "List the first column.", "What is in the column {}?"]
-        return rng.choice(templates).format(header[0]), sentence(join_words([row[0] for row in rows]))
+        return rng.choice(templates).format(header[0]), Spelled(sentence(join_words([row[0] for row in rows])))
     row, c = rng.choice(rows), rng.randrange(1, len(header))
     column, value = header[c], row[c]
     if roll < 0.4:
         if sum(other[c] == value for other in rows) > 1:
             return None
         templates = ["Which row has {1} {0}?", "In which row is the {1} {0}?", "Who or what has {1} {0}?"]
-        return rng.choice(templates).format(value, column.lower()), sentence(row[0])
+        return rng.choice(templates).format(value, column.lower()), Spelled(sentence(row[0]))
     if roll < 0.5:
         place, picked = rng.choice((("first", rows[0]), ("last", rows[-1])))
         templates = ["What is the {} entry in the column {}?", "What is the {} value of {}?"]
-        return rng.choice(templates).format(place, column), sentence(picked[c])
+        return rng.choice(templates).format(place, column), Spelled(sentence(picked[c]))
     templates = [
         "What is in row {0}, column {1}?",
         "What is the {1} of {0}?",
@@ -237,7 +238,7 @@ def ask_cell(page: Page, rng: random.Random) -> QA | None:
     ]
     column = column if rng.random() < 0.4 else column.lower()
     question = rng.choice(templates).format(row[0], column)
-    return question[0].upper() + question[1:], sentence(value)
+    return question[0].upper() + question[1:], Spelled(sentence(value))
 
 
 def ask_field(page: Page, rng: random.Random) -> QA | None:
@@ -251,12 +252,12 @@ def ask_field(page: Page, rng: random.Random) -> QA | None:
             "What's the name on the tag?",
             "What is this person called?",
         ]
-        return rng.choice(templates), sentence(page.fields[0][1])
+        return rng.choice(templates), Spelled(sentence(page.fields[0][1]))
     if page.kind != "form":
         return None
     if rng.random() < 0.12:
         templates = ["Which fields does the form have?", "What does the form ask for?", "List the fields."]
-        return rng.choice(templates), sentence(join_words([label for label, _ in page.fields]))
+        return rng.choice(templates), Spelled(sentence(join_words([label for label, _ in page.fields])))
     label, value = rng.choice(page.fields)
     templates = [
         "What is the {}?",
@@ -268,7 +269,7 @@ def ask_field(page: Page, rng: random.Random) -> QA | None:
         "What was filled in for {}?",
     ]
     question = rng.choice(templates).format(label if rng.random() < 0.3 else label.lower())
-    return question[0].upper() + question[1:], sentence(value) if value else "It is left blank."
+    return question[0].upper() + question[1:], Spelled(sentence(value)) if value else "It is left blank."
 
 
 def ask_describe(page: Page, rng: random.Random) -> QA | None:
@@ -296,7 +297,7 @@ def ask_describe(page: Page, rng: random.Random) -> QA | None:
         answer = f"A table with the columns {join_words(page.table[0])}."
     else:
         answer = f"A form with the fields {join_words([label for label, _ in page.fields])}."
-    return rng.choice(templates), sentence(answer)
+    return rng.choice(templates), Spelled(sentence(answer))
 
 
 def _only_words(page: Page) -> bool:

@@ -19,6 +19,15 @@ QA = tuple[str, str]  # question and answer
 IMAGE_TAG = "<image>"  # where an image stands in a question, if the sample says so
 
 
+class Spelled(str):
+    """An answer read off the picture. It is learned, and then written, in single characters.
+
+    What a letter looks like tells which token to write only if there is a token for it alone: a word's own tokens have
+    nothing in common with those of a word one letter longer, and a word never seen has none that was ever learned. This
+    is BPE-dropout (Provilkov et al., arXiv:1910.13267) at a rate of 1, for what has to be copied. The text is the same.
+    """
+
+
 @dataclass(frozen=True)
 class Sample:
     """One conversation, about one picture, several or none.
@@ -30,6 +39,7 @@ class Sample:
     placed: every "<image>" in the questions is the place of an image, in order; otherwise all stand before the first
         question, and the tag is text like any other.
     system: the system message; None takes the template's.
+    new_images: how many images come with each turn, before its question; None: all with the first.
     """
 
     image: Image.Image | None
@@ -38,6 +48,7 @@ class Sample:
     more_images: tuple[Image.Image, ...] = ()
     placed: bool = False
     system: str | None = None
+    new_images: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.turns or not all(question and answer for question, answer in self.turns):
@@ -50,6 +61,12 @@ class Sample:
         tags = sum(question.count(IMAGE_TAG) for question, _ in self.turns)
         if self.placed and tags != len(self.images):
             raise ValueError(f"a sample of {self.task} has {len(self.images)} images and {tags} places for them")
+        new = self.new_images
+        if new is not None and (self.placed or len(new) != len(self.turns) or sum(new) != len(self.images)):
+            raise ValueError(
+                f"a sample of {self.task} has {len(self.images)} images, {len(self.turns)} turns and new_images={new}; "
+                "give a number for each turn that add up to all images, and placed=False"
+            )
 
     @property
     def images(self) -> tuple[Image.Image, ...]:

@@ -40,8 +40,8 @@ def ssd_scan_chunked(
     groups, head_dim, d_state = x.shape[2], x.shape[3], B.shape[3]
     rep = num_heads // groups
     acc = state_dtype(x.dtype)
-    q = min(chunk_size, seqlen)
-    num_chunks = -(-seqlen // q)
+    num_chunks = -(-seqlen // chunk_size)
+    q = -(-seqlen // num_chunks)  # equal chunks: the last would else be mostly padding
     if pad := num_chunks * q - seqlen:
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
     borders = None if segment_ids is None else _Borders.of(segment_ids, num_chunks, q)
