@@ -100,6 +100,8 @@ def prefill(
         state.embedding.seqlen + (seqlen - num_image) + (num_image - embedded) * config.stack_tokens_per_image_token,
         state.language.seqlen + seqlen,
     )
+    if seqlen > piece_size:
+        state.reserve_(total)
     tiles = inputs.pixel_values
     if tiles is not None and len(tiles) % batch:
         raise ValueError(f"{len(tiles)} tiles do not divide among {batch} rows; every row needs equally many")

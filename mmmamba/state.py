@@ -172,6 +172,14 @@ class DecodeState:
             self.fingerprint, copy(self.embedding), copy(self.language), self.pending.clone(), self.num_image_tokens
         )
 
+    def reserve_(self, seqlens: tuple[int, int]) -> None:
+        """Room in the caches for so many positions of (embedding stack, language model): a long prompt that is read in
+        pieces then moves them once, not with every piece."""
+        for stack, end in zip(self.stacks, seqlens, strict=True):
+            for layer in stack.layers:
+                if isinstance(layer, KVState) and end > layer.k_cache.shape[2]:
+                    layer.move_(stack.seqlen, end)
+
     def fork(self) -> DecodeState:
         """A state to go on from, leaving this one as it is: like `clone`, but keys and values are shared, not copied.
 

@@ -76,7 +76,9 @@ def test_rows_hold_both_pictures_and_a_stream_goes_on_where_it_stopped(tokenizer
     assert batch.pixels is not None and batch.pixels.shape == (6, 224, 224, 3)
     image_tokens = (batch.input_ids == config.embedding.img_context_token_id).sum(dim=1)
     assert image_tokens.tolist() == [2 * config.tokens_per_tile] * 3
-    labels = [tokenizer.decode([i for i in row if i != config.embedding.img_context_token_id]) for row in batch.input_ids]
+    labels = [
+        tokenizer.decode([i for i in row if i != config.embedding.img_context_token_id]) for row in batch.input_ids
+    ]
     assert all("Image-2: " in label for label in labels)
     later = Mixture([(Shapes("train"), 1.0)], rows, batch_size=3, joined=True, start=2)
     assert next(iter(later)).input_ids.equal(batch.input_ids)
