@@ -1,12 +1,11 @@
 """Attention of one token over a key-value cache, with the cache cut into splits that run side by side.
 
     rope      cosines and sines of the new position, or of all positions where the cache keeps keys unrotated
-    attend    one program: one split of one kv head of one row, all its query heads (four at most) at once, so each key
-              and value is read once; the program that meets the new position writes its key and value
+    attend    one program: one split of one kv head of one row, all its query heads at once on the tensor cores, so each
+              key and value is read once; the program that meets the new position writes its key and value
     combine   one program: one query head; the splits' sums into one
 
-Lengths are read on the device, so one captured graph serves every length. Each thread keeps the softmax of the
-positions that it meets by itself (maximum, sum, weighted values); they meet once, at the end of the split.
+Lengths are read on the device, so one captured graph serves every length.
 Bytes to move: keys and values once, 2 * num_kv_heads * head_dim * length * size, and the rotary tables of a cache of
 unrotated keys, head_dim * size a position for each kv head, mostly from L2.
 """
@@ -24,10 +23,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.kernels.gemv import phase_index
-from mmmamba.kernels.launch import PROGRAMS_PER_SM, multiprocessors, next_power_of_2
+from mmmamba.kernels.launch import multiprocessors, next_power_of_2
 
-POSITIONS = 32  # that a program takes at once
-MAX_QUERY_HEADS = 4  # that share a program's keys
+POSITIONS = 64  # that a program takes at once
+STAGES = 3  # of such tiles in flight
+QUERY_HEADS = 16  # that share a program's keys: the rows of a tensor core's tile, mostly empty
+SPLITS_PER_SM = 2
+MAX_SPLITS = 128
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _turn(a, b, cos, sin):
 def attend(
     qkv, table, k_table, v_table, capacities, seqlens, alive, sums, maxima, scale, QKV_STRIDE, TABLE_CAPACITY,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, UNROTATED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROTATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Split program_id(1) of the heads of program_id(0): row, kv head, group of BLOCK_R query heads.
 
@@ -83,12 +85,12 @@ def attend(
     kv = (tl.program_id(0) // GROUPS) % KV_HEADS
     row = tl.program_id(0) // (GROUPS * KV_HEADS)
     split = tl.program_id(1)
-    element = tl.pointer_type(table.dtype.element_ty)
+    kind = table.dtype.element_ty
     now = tl.load(seqlens + row)
     head_start = tl.load(capacities + row) * (kv * DIM)
     # As in step.py: caches begin at multiples of 16 bytes, heads too.
-    keys = tl.multiple_of(tl.load(k_table + row).to(element), 16) + tl.multiple_of(head_start, 8)
-    values = tl.multiple_of(tl.load(v_table + row).to(element), 16) + tl.multiple_of(head_start, 8)
+    keys = tl.multiple_of(tl.load(k_table + row).to(tl.pointer_type(kind)), 16) + tl.multiple_of(head_start, 8)
+    values = tl.multiple_of(tl.load(v_table + row).to(tl.pointer_type(kind)), 16) + tl.multiple_of(head_start, 8)
     i = tl.arange(0, BLOCK_H)
     r = group * BLOCK_R + tl.arange(0, BLOCK_R)
     i_ok = i < HALF
@@ -102,30 +104,17 @@ def attend(
     q1 = tl.load(heads + r[:, None] * DIM + i[None, :], q_mask, other=0.0)
     q2 = tl.load(heads + r[:, None] * DIM + HALF + i[None, :], q_mask, other=0.0)
     q1, q2 = _turn(q1, q2, cos[None, :], sin[None, :])
-    q1 *= scale
-    q2 *= scale
-    k1_now = tl.load(heads + REP * DIM + i, i_ok, other=0.0)
-    k2_now = tl.load(heads + REP * DIM + HALF + i, i_ok, other=0.0)
-    v1_now = tl.load(heads + (REP + 1) * DIM + i, i_ok, other=0.0)
-    v2_now = tl.load(heads + (REP + 1) * DIM + HALF + i, i_ok, other=0.0)
-    if not UNROTATED:
-        k1_now, k2_now = _turn(k1_now, k2_now, cos, sin)
+    q1 = q1.to(kind)
+    q2 = q2.to(kind)
 
     chunk = (now // SPLITS // BLOCK_S + 1) * BLOCK_S
     start = split * chunk
-    end = tl.minimum(start + chunk, now + 1)
-    if (start <= now) & (now < start + chunk) & (group == 0) & (tl.load(alive + row) != 0):
-        new = now.to(tl.int64) * DIM + i
-        kind = keys.dtype.element_ty
-        tl.store(keys + new, k1_now.to(kind), i_ok)
-        tl.store(keys + new + HALF, k2_now.to(kind), i_ok)
-        tl.store(values + new, v1_now.to(kind), i_ok)
-        tl.store(values + new + HALF, v2_now.to(kind), i_ok)
-    maximum = tl.full([BLOCK_R, BLOCK_S], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R, BLOCK_S], tl.float32)
-    sum1 = tl.zeros([BLOCK_R, BLOCK_S, BLOCK_H], tl.float32)
-    sum2 = tl.zeros([BLOCK_R, BLOCK_S, BLOCK_H], tl.float32)
-    for at in range(start, end, BLOCK_S):
+    end = tl.minimum(start + chunk, now)
+    maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    sum1 = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    sum2 = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    for at in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         s = at + tl.arange(0, BLOCK_S)
         place = s.to(tl.int64)[:, None] * DIM + i[None, :]
         mask = (s < now)[:, None] & i_ok[None, :]
@@ -133,36 +122,53 @@ def attend(
         k2 = tl.load(keys + place + HALF, mask, other=0.0)
         v1 = tl.load(values + place, mask, other=0.0)
         v2 = tl.load(values + place + HALF, mask, other=0.0)
-        # The new position comes from registers: what this launch writes to the cache is for the next one.
-        is_now = (s == now)[:, None]
-        k1 = tl.where(is_now, k1_now[None, :], k1.to(tl.float32))
-        k2 = tl.where(is_now, k2_now[None, :], k2.to(tl.float32))
         if UNROTATED:
-            known = (s <= now)[:, None] & i_ok[None, :]
-            cos_s = tl.load(turns + place, known, other=0.0).to(tl.float32)
-            sin_s = tl.load(turns + place + HALF, known, other=0.0).to(tl.float32)
-            k1, k2 = _turn(k1, k2, cos_s, sin_s)
-        score = tl.sum(q1[:, None, :] * k1[None, :, :] + q2[:, None, :] * k2[None, :, :], axis=2)
-        score = tl.where((s < end)[None, :], score, float("-inf"))
-        higher = tl.maximum(maximum, score)
-        # A place that has met no position yet has nothing to rescale.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        old = tl.exp2(maximum - shift)
-        weight = tl.exp2(score - shift)
-        total = total * old + weight
-        v1 = tl.where(is_now, v1_now[None, :], v1.to(tl.float32))
-        v2 = tl.where(is_now, v2_now[None, :], v2.to(tl.float32))
-        sum1 = sum1 * old[:, :, None] + weight[:, :, None] * v1[None, :, :]
-        sum2 = sum2 * old[:, :, None] + weight[:, :, None] * v2[None, :, :]
+            cos_s = tl.load(turns + place, mask, other=0.0).to(tl.float32)
+            sin_s = tl.load(turns + place + HALF, mask, other=0.0).to(tl.float32)
+            k1, k2 = _turn(k1.to(tl.float32), k2.to(tl.float32), cos_s, sin_s)
+            k1 = k1.to(kind)
+            k2 = k2.to(kind)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+        score = tl.where((s < end)[None, :], score * scale, float("-inf"))
+        # `at` is below `end`, so each row has a score: no maximum is -inf from here on.
+        higher = tl.maximum(maximum, tl.max(score, axis=1))
+        old = tl.exp2(maximum - higher)
+        weight = tl.exp2(score - higher[:, None])
+        total = total * old + tl.sum(weight, axis=1)
+        narrow = weight.to(kind)
+        sum1 = tl.dot(narrow, v1, sum1 * old[:, None], input_precision="ieee")
+        sum2 = tl.dot(narrow, v2, sum2 * old[:, None], input_precision="ieee")
         maximum = higher
-    top = tl.max(maximum, axis=1)
-    weight = tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    if (start <= now) & (now < start + chunk):
+        # The new position comes from registers: what this launch writes to the cache is for the next one.
+        k1_now = tl.load(heads + REP * DIM + i, i_ok, other=0.0)
+        k2_now = tl.load(heads + REP * DIM + HALF + i, i_ok, other=0.0)
+        v1_now = tl.load(heads + (REP + 1) * DIM + i, i_ok, other=0.0).to(kind)
+        v2_now = tl.load(heads + (REP + 1) * DIM + HALF + i, i_ok, other=0.0).to(kind)
+        r1, r2 = _turn(k1_now, k2_now, cos, sin)
+        if (group == 0) & (tl.load(alive + row) != 0):
+            new = now.to(tl.int64) * DIM + i
+            tl.store(keys + new, k1_now.to(kind) if UNROTATED else r1.to(kind), i_ok)
+            tl.store(keys + new + HALF, k2_now.to(kind) if UNROTATED else r2.to(kind), i_ok)
+            tl.store(values + new, v1_now, i_ok)
+            tl.store(values + new + HALF, v2_now, i_ok)
+        dot = q1.to(tl.float32) * r1.to(kind).to(tl.float32)[None, :]
+        dot += q2.to(tl.float32) * r2.to(kind).to(tl.float32)[None, :]
+        score_now = tl.sum(dot, axis=1) * scale
+        higher_now = tl.maximum(maximum, score_now)
+        old_now = tl.exp2(maximum - higher_now)
+        weight_now = tl.exp2(score_now - higher_now)
+        total = total * old_now + weight_now
+        sum1 = sum1 * old_now[:, None] + weight_now[:, None] * v1_now.to(tl.float32)[None, :]
+        sum2 = sum2 * old_now[:, None] + weight_now[:, None] * v2_now.to(tl.float32)[None, :]
+        maximum = higher_now
     out = (row * HEADS + kv * REP + r) * SPLITS + split
     out_mask = r_ok[:, None] & i_ok[None, :]
-    tl.store(sums + out[:, None] * DIM + i[None, :], tl.sum(sum1 * weight[:, :, None], axis=1), out_mask)
-    tl.store(sums + out[:, None] * DIM + HALF + i[None, :], tl.sum(sum2 * weight[:, :, None], axis=1), out_mask)
-    tl.store(maxima + 2 * out, top, r_ok)
-    tl.store(maxima + 2 * out + 1, tl.sum(total * weight, axis=1), r_ok)
+    tl.store(sums + out[:, None] * DIM + i[None, :], sum1, out_mask)
+    tl.store(sums + out[:, None] * DIM + HALF + i[None, :], sum2, out_mask)
+    tl.store(maxima + 2 * out, maximum, r_ok)
+    tl.store(maxima + 2 * out + 1, total, r_ok)
 
 
 @triton.jit
@@ -229,9 +235,9 @@ class Partial:
 
     @classmethod
     def allocate(cls, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> Partial:
-        """As many splits as fill the card, at least 1 and at most 128."""
-        programs = rows * kv_heads * -(-(heads // kv_heads) // MAX_QUERY_HEADS)
-        splits = max(1, min(128, PROGRAMS_PER_SM * multiprocessors(device) // programs))
+        """As many splits as fill the card, at least 1 and at most `MAX_SPLITS`."""
+        programs = rows * kv_heads * -(-(heads // kv_heads) // QUERY_HEADS)
+        splits = max(1, min(MAX_SPLITS, SPLITS_PER_SM * multiprocessors(device) // programs))
         sums = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=device)
         return cls(sums, torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=device))
 
@@ -264,8 +270,7 @@ def attention(
     """
     rows, heads, splits, dim = partial.sums.shape
     rep = heads // num_kv_heads
-    block_r = min(next_power_of_2(rep), MAX_QUERY_HEADS)
-    attend[(rows * num_kv_heads * -(-rep // block_r), splits)](
+    attend[(rows * num_kv_heads * -(-rep // QUERY_HEADS), splits)](
         qkv,
         turns.table,
         k_table,
@@ -281,10 +286,11 @@ def attention(
         HEADS=heads,
         KV_HEADS=num_kv_heads,
         HALF=dim // 2,
-        BLOCK_H=next_power_of_2(dim // 2),
-        BLOCK_R=block_r,
+        BLOCK_H=max(16, next_power_of_2(dim // 2)),
+        BLOCK_R=QUERY_HEADS,
         BLOCK_S=POSITIONS,
         SPLITS=splits,
+        STAGES=STAGES,
         UNROTATED=turns.unrotated,
         PDL=pdl,
         num_warps=4,
