@@ -25,7 +25,7 @@ from distill.distributed import FlatGradients
 from distill.inputs import Inputs, prepare
 from distill.nano import IMG_CONTEXT_TOKEN_ID, nano_config
 from distill.runner import step_runner
-from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
+from distill.stages import Stage, TeacherStage, student_stage
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba
 
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.stages.split(","):
         config = recipe.stages[name]
         image_batch = args.image_batch or config.image_batch
-        stage = _stage(name, device, compiled=args.compile)
+        stage = _stage(name, config, device, compiled=args.compile)
         shape = recipe.image_seqlen, image_batch, config.image_answer_tokens, recipe.pictures
-        batches = [(1.0, _random(stage.model.config, *shape))]
+        batches = [(1.0, _random(stage, *shape))]
         if config.text_batch:
-            text = _random(stage.model.config, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, 0)
+            text = _random(stage, recipe.text_seqlen, config.text_batch, config.text_answer_tokens, 0)
             batches.append((config.text_weight, text))
         record = _measure(name, stage, batches, config, args) | {
             "device": device_name(device),
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({"benchmark": "distill", "matmul_tflops": round(peak / 1e12), "records": records}))
 
 
-def _stage(name: str, device: torch.device, *, compiled: bool) -> Stage:
+def _stage(name: str, config: StageConfig, device: torch.device, *, compiled: bool) -> Stage:
     with torch.device(device):
         teacher = MMMamba(nano_config())
     for parameter in teacher.parameters():
@@ -79,12 +79,11 @@ def _stage(name: str, device: torch.device, *, compiled: bool) -> Stage:
     if name == "teacher":
         return TeacherStage(teacher, compiled=compiled)
     student = make_student(teacher, *Recipe(name="linear", stages={}).layer_types(teacher.config))
-    if name == "stage3":
-        return LogitsStage(teacher, student, compiled=compiled)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", compiled=compiled)
+    return student_stage(name, teacher, student, config, compiled=compiled)
 
 
-def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | None, pictures: int) -> Inputs:
+def _random(stage: Stage, seqlen: int, batch: int, answer_tokens: int | None, pictures: int) -> Inputs:
+    config = stage.model.config
     ids = torch.randint(3, 49_000, (batch, seqlen))
     start = 5
     for _ in range(pictures):
@@ -94,7 +93,7 @@ def _random(config: ModelConfig, seqlen: int, batch: int, answer_tokens: int | N
     mask[:, start : start + (answer_tokens or 16)] = True
     side = config.image_size
     pixels = torch.randint(0, 255, (batch * pictures, side, side, 3), dtype=torch.uint8) if pictures else None
-    return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens)
+    return prepare(Batch(ids, mask, pixels, 0), config, answer_tokens, all_tokens=stage.all_tokens)
 
 
 def _measure(

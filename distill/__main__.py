@@ -10,25 +10,33 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
-from distill.base import HUB_ID
+from distill.base import HUB_ID, load_base
+from distill.checkpoints import write_whole
 from distill.config import STUDENT_STAGES, Recipe
 from distill.data.batches import Rows
 from distill.data.photos import Photos
 from distill.distributed import Processes
-from distill.evaluate import accuracy
+from distill.evaluate import held_out_questions
+from distill.failures import write_failures
 from distill.faults import Interrupted
 from distill.pipeline import Run, convert, export, run_all, train_stage, train_teacher
 from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
+from distill.scores import score
 from distill.streams import accepted, nlvr_folder, places
+from distill.tables import Measure, read_scores, scores_table
+from distill.text_kl import own_answers, text_kl
 from mmmamba.bundle import save_bundle
 from mmmamba.checkpoint import load_model
 from mmmamba.tokenizer import load_tokenizer
 
+TEXT_TOKENS = 96  # room for a held-out question and its answer, beside the picture
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -85,7 +93,7 @@ def run_everything(args: argparse.Namespace) -> None:
         if "teacher" not in run.recipe.stages:
             raise ValueError(f"recipe {run.recipe.name} trains no teacher; pass one with --teacher")
         teacher = str(args.out / "teacher")
-        train_teacher(run, args.base, args.out / "teacher")
+        train_teacher(run, args.base, args.out / "teacher", weights=args.resume)
     run_all(run, teacher, args.out, layers_from=args.layers_from)
 
 
@@ -95,18 +103,50 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """Print exact-match accuracy on held-out questions."""
+    """Score a model on held-out questions: exact matches, and with --base how far its talk is from its base's."""
     model = load_model(args.model, device=args.device)
-    rows = Rows(load_tokenizer(args.tokenizer), model.config, "image")
-    where = places(args.data, photos=args.photos)
+    rows = Rows(
+        load_tokenizer(args.tokenizer), model.config, "image", seqlen=model.config.tokens_per_tile + TEXT_TOKENS
+    )
+    where = places(args.data, photos=args.photos, text=args.text)
     photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
-    named = accepted(accuracy, where.named) | {"nlvr": nlvr_folder(where.text)}
-    scores = accuracy(model, rows, photos, count=args.count, **named)
-    if fonts := where.named.get("fonts"):
-        scores["printed_text_cer"] = round(
-            printed_error_rate(model, rows.tokenizer, min(args.count, 200), fonts=fonts), 4
-        )
-    print(json.dumps({"model": args.model, "count": args.count} | scores))
+    named = accepted(held_out_questions, where.named) | {"nlvr": nlvr_folder(where.text)}
+    tasks = args.tasks.split(",") if args.tasks else None
+    asked = held_out_questions(photos, count=args.count, tasks=tasks, **named)
+    failure_count = args.failure_count if args.failures else 0
+    scores, failures = score(model, rows, asked, decode=args.decode, failure_count=failure_count)
+    report: dict[str, Any] = {
+        "model": args.model,
+        "kind": model.config.kind,
+        "asked": args.count,
+        "tasks": {task: asdict(found) for task, found in scores.items()},
+    }
+    brief: dict[str, Any] = {"model": args.model, "count": args.count}
+    brief |= {task: found.exact_match for task, found in scores.items()}
+    if args.decode:
+        brief["right"] = {t: round((s.right or 0) / s.count, 4) for t, s in scores.items() if s.count}
+    fonts = where.named.get("fonts")
+    if fonts and "printed_text" in scores:
+        count = min(args.count, 200)
+        brief["printed_text_cer"] = round(printed_error_rate(model, rows.tokenizer, count, fonts=fonts), 4)
+        report["printed_text_cer"] = {"rate": brief["printed_text_cer"], "count": count}
+    if args.base:
+        base = load_base(args.base).to(args.device).eval()
+        moved = text_kl(model, base, rows.tokenizer, own_answers(where.text))
+        brief["text_kl"] = round(moved.nats, 4)
+        report["text_kl"] = moved._asdict()
+    if args.out is not None:
+        content = json.dumps(report, indent=1) + "\n"
+        write_whole(args.out, lambda file: file.write(content.encode()))
+    if args.failures:
+        print(f"{len(failures)} failures in {write_failures(failures, args.failures)}")
+    print(json.dumps(brief))
+
+
+def run_table(args: argparse.Namespace) -> None:
+    """Print scores that `eval --out` wrote side by side, in Markdown."""
+    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).stem, entry) for entry in args.scores)
+    print(scores_table({name: read_scores(Path(path)) for name, path in named.items()}, args.measure), end="")
 
 
 def run_bundle(args: argparse.Namespace) -> None:
@@ -121,8 +161,9 @@ def run_bundle(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> Run:
     trains = hasattr(args, "log_file")
+    recipe = Recipe.load(args.recipe)
     return Run(
-        recipe=Recipe.load(args.recipe),
+        recipe=recipe.with_reference_objective() if getattr(args, "all_tokens", False) else recipe,
         device=torch.device(args.device if trains else "cpu"),
         tokenizer=args.tokenizer if trains else Path(),
         places=places(args.data, photos=args.photos, text=args.text) if trains else places([]),
@@ -149,16 +190,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    teacher = _training(_data(_student(command("teacher", run_teacher), teacher=False)))
-    _base(teacher).add_argument("--resume", metavar="DIR", help="start from the weights of this teacher")
+    _base(_training(_data(_student(command("teacher", run_teacher), teacher=False))))
     _student(command("convert", run_convert))
     what = {
         "stage1": "what is new in a mixer, each layer against its attention",
         "stage2": "the same with V, K and Q",
         "stage3": "all mixers end to end, against the teacher's answers",
     }
-    for name in STUDENT_STAGES:
-        _training(_data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it."))))
+    stages = {
+        name: _training(
+            _data(_student(command(name, run_stage, f"Train {what[name]}; goes on from the stage before it.")))
+        )
+        for name in STUDENT_STAGES
+    }
     everything = _training(_data(_student(command("run", run_everything), needed=False)))
     _base(everything).add_argument(
         "--layers-from",
@@ -166,14 +210,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="take stages 1 and 2 from this student of the same teacher: a linear one's serve a hybrid",
     )
+    for sub in (stages["stage3"], everything):
+        about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"
+        sub.add_argument("--all-tokens", action="store_true", help=about)
     _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
-    evaluate = _data(command("eval", run_eval))
-    evaluate.add_argument("model")
-    evaluate.add_argument("--count", type=int, default=200)
+    _evaluation(_data(command("eval", run_eval)))
+    table = command("table", run_table)
+    table.add_argument("scores", nargs="+", metavar="NAME=FILE", help="a column each, the teacher's first")
+    table.add_argument("--measure", choices=get_args(Measure), default="exact", help="right: needs eval --decode")
     bundle = command("bundle", run_bundle)
     bundle.add_argument("out", type=Path)
     bundle.add_argument("models", nargs="+", metavar="NAME=DIR")
     return parser
+
+
+def _evaluation(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("model", help="directory, hub id or bundled name")
+    sub.add_argument("--count", type=int, default=200, help="questions a task, where there are as many")
+    sub.add_argument("--tasks", metavar="A,B", help="these alone; all that the data given allow without it")
+    sub.add_argument("--decode", action="store_true", help="count replies that are right in other words too; slower")
+    sub.add_argument("--base", help="language model that it grew from, for text_kl: hub id, directory or .gguf file")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write the counts behind the scores there, as JSON")
+    sub.add_argument("--failures", type=Path, metavar="DIR", help="write wrong replies there, with their pictures")
+    sub.add_argument("--failure-count", type=int, default=3, metavar="N", help="of each task, at most")
+    return sub
 
 
 def _student(sub: argparse.ArgumentParser, *, teacher: bool = True, needed: bool = True) -> argparse.ArgumentParser:
@@ -187,6 +247,7 @@ def _student(sub: argparse.ArgumentParser, *, teacher: bool = True, needed: bool
 
 def _base(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("--base", default=HUB_ID, help="language model of a new teacher: hub id, directory or .gguf file")
+    sub.add_argument("--resume", metavar="DIR", help="start the teacher from the weights of this one")
     return sub
 
 

@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +46,7 @@ class Checkpoint:
     batches: taken from each stream so far by all processes together.
     parameters: what trains, whole and in full precision.    optimizers: their `state_dict`s, with whole tensors.
     rng: `rng_state` of each process.
+    streams: where the packed batches of each process stand, in plain values; empty if there are none.
     """
 
     facts: dict[str, Any]
@@ -55,6 +56,7 @@ class Checkpoint:
     parameters: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
     rng: list[dict[str, Any]]
+    streams: list[dict[str, Any]] = field(default_factory=list)
 
     def start(self, world_size: int) -> int:
         """Number of the first batch for each of `world_size` processes that no process has seen."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from distill.losses import Objective
 from mmmamba.config import LayerType, ModelConfig
 
 STAGES = ("teacher", "stage1", "stage2", "stage3")
@@ -15,8 +16,15 @@ STUDENT_STAGES = STAGES[1:]
 LAYER_STAGES = ("stage1", "stage2")  # each layer by itself
 RECIPES_DIR = Path(__file__).parent / "recipes"
 _SCHEDULE_STEPS = ("warmup_steps", "stable_steps", "decay_steps")
+_ANSWER_TOKENS = ("image_answer_tokens", "text_answer_tokens")
 # What may change while a stage is under way: it says how a step is computed and kept, not what comes out.
 _NO_RESULT = ("save_minutes", "save_steps", "activation_checkpointing")
+# Fields that mean nothing in other stages, which therefore refuse them.
+_ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction"), ("stage3",)) | {
+    "train_decay": STUDENT_STAGES
+}
+# Left out of a checkpoint's facts while they are at their defaults, so that checkpoints from before them go on.
+_LATER = frozenset((*_ONLY_IN, "pictures", "packed", "packed_tiles"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +54,16 @@ class StageConfig:
     image_answer_tokens: int | None = None  # slots a row for learned tokens; None: as many as there are, no graph then
     text_answer_tokens: int | None = None
     round_from: float = 1.0  # progress from which weights are trained as they will be stored (1: never)
+    train_decay: bool = True  # students: whether decays and step sizes (A_log, dt_bias) train too
+    temperature: float = 1.0  # stage 3: this and the next three as `losses.Objective` has them
+    ce_weight: float = 0.0
+    all_tokens: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, str):
+            if isinstance(value, str) and f.name != "reduction":
                 raise ValueError(f'{f.name}="{value}" is text; write a number, with a point: 1.0e-3, not 1e-3')
             if value is None and "None" not in str(f.type):
                 raise ValueError(f"{f.name} is empty; give it a value or leave it out")
@@ -60,9 +73,40 @@ class StageConfig:
         for name in ("text_batch", "max_minutes", "save_minutes", "save_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0")
+        slots = {n: v for n in _ANSWER_TOKENS if (v := getattr(self, n)) is not None}
+        if self.objective.all_tokens and slots:
+            listed = " and ".join(f"{name}={value}" for name, value in slots.items())
+            raise ValueError(f"all_tokens gives every token a slot, and {listed} only some; leave one out")
         self._take_schedule_steps()
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must be shares of the run that fit into 1")
+
+    @property
+    def objective(self) -> Objective:
+        """What stage 3 minimises.  Raises: ValueError naming a value that is out of range."""
+        return Objective(
+            all_tokens=self.all_tokens,
+            reduction=self.reduction,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+        )
+
+    def check_stage(self, stage: str) -> None:
+        """Raises: ValueError for a value that means nothing in this stage."""
+        strange = [name for name, stages in _ONLY_IN.items() if stage not in stages and name in self._changed()]
+        if strange:
+            listed = ", ".join(f"{name}={getattr(self, name)}" for name in strange)
+            places = sorted({place for name in strange for place in _ONLY_IN[name]})
+            raise ValueError(f"{stage}: {listed} would change nothing; leave it out, or move it to {', '.join(places)}")
+
+    def facts(self) -> dict[str, Any]:
+        """All that decides what the stage computes, in plain values."""
+        unchanged = _LATER - self._changed()
+        return {n: v for n, v in asdict(self).items() if n not in _NO_RESULT and n not in unchanged}
+
+    def _changed(self) -> set[str]:
+        """Fields that are not at their defaults."""
+        return {f.name for f in fields(self) if getattr(self, f.name) != f.default}
 
     def _take_schedule_steps(self) -> None:
         given = {name: getattr(self, name) for name in _SCHEDULE_STEPS}
@@ -116,9 +160,13 @@ class Recipe:
     stages: dict[str, StageConfig]
     shape: Shape = field(default_factory=Shape)
     softmax_layers: tuple[int, ...] = ()  # counted over both stacks, embedding first; the rest become mixers
-    image_seqlen: int = 128
+    image_seqlen: int = 128  # tokens a row, as the language model counts them
     text_seqlen: int = 256
-    max_tiles: int = 1  # tiles a picture may be cut into
+    max_tiles: int = 1  # tiles a picture may be cut into, its thumbnail apart; above 1 rows must be packed
+    # Samples of any length, pictures and text, one behind the other in rows of `image_seqlen` tokens. Sources of both
+    # are one mixture, `image_batch` counts its rows and `text_batch` is 0; `text_seqlen` bounds a text.
+    packed: bool = False
+    packed_tiles: int | None = None  # tiles a row, blank ones for those missing: fixed shapes. None: as many as come
     pictures: int = 1  # a row; above 1, as many samples of one picture each are joined into a conversation
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
@@ -165,6 +213,53 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number above 0")
         if self.shape.num_layers is not None:
             self._check_layers(self.shape.num_layers)
+        for name, stage in self.stages.items():
+            stage.check_stage(name)
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        tiles = self.packed_tiles
+        if not isinstance(self.packed, bool):
+            raise ValueError(f"packed={self.packed!r} must be true or false")
+        if not self.packed:
+            if self.max_tiles > 1 or tiles is not None:
+                given = f"max_tiles={self.max_tiles}" if self.max_tiles > 1 else f"packed_tiles={tiles}"
+                raise ValueError(f"{given} needs rows that hold any number of tiles; set packed: true")
+            return
+        if self.pictures > 1:
+            raise ValueError(f"pictures={self.pictures} and packed exclude each other: a packed row holds what fits")
+        if "teacher" in self.stages:
+            raise ValueError("a teacher's pictures and text have losses of their own; packed is for students")
+        most = self.max_tiles + (self.max_tiles > 1)
+        if tiles is not None and (not isinstance(tiles, int) or tiles < most):
+            raise ValueError(
+                f"packed_tiles={tiles} holds no picture of {most} tiles, thumbnail included; use {most} on"
+            )
+        for name, stage in self.stages.items():
+            if stage.text_batch:
+                raise ValueError(f"{name}: text_batch={stage.text_batch}, but packed rows hold text too; set it to 0")
+            if tiles is None and stage.image_batch > 1:
+                raise ValueError(
+                    f"{name}: image_batch={stage.image_batch} rows need equally many tiles each; set packed_tiles"
+                )
+
+    def with_reference_objective(self) -> Recipe:
+        """The recipe with stage 3 as the published training code has it: the divergence summed over all tokens.
+
+        Raises: ValueError if it has no stage 3, or one that asks for a temperature or cross-entropy.
+        """
+        stage = self.stages.get("stage3")
+        if stage is None:
+            raise ValueError(f"recipe {self.name} has no stage3; --all-tokens changes nothing else, so leave it out")
+        wanted = Objective.reference()
+        for name in ("temperature", "ce_weight"):
+            if getattr(stage, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"recipe {self.name} has {name}={getattr(stage, name)} in stage3, and --all-tokens asks for the "
+                    "reference's plain divergence; keep one"
+                )
+        changes = asdict(wanted) | dict.fromkeys(_ANSWER_TOKENS)
+        return replace(self, stages=self.stages | {"stage3": replace(stage, **changes)})
 
     def layer_types(self, teacher: ModelConfig) -> tuple[tuple[LayerType, ...], tuple[LayerType, ...]]:
         """Layer types of the student's two stacks.
@@ -188,11 +283,10 @@ class Recipe:
 
     def facts(self, stage: str) -> dict[str, Any]:
         """All that decides what a stage computes, in plain values: what a checkpoint of it is compared by."""
-        own = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "shape", "softmax_layers")
-        }
-        config = {name: value for name, value in asdict(self.stages[stage]).items() if name not in _NO_RESULT}
-        return own | {"softmax_layers": list(self.softmax_layers)} | config
+        elsewhere = {"stages", "shape", "softmax_layers"}
+        unchanged = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere | unchanged}
+        return own | {"softmax_layers": list(self.softmax_layers)} | self.stages[stage].facts()
 
 
 def _stage(raw: dict[str, Any] | None, name: str, path: Path) -> StageConfig:

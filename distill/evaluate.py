@@ -2,11 +2,12 @@
 
 A greedy reply equals the reference answer, `<|im_end|>` included, exactly when every one of its tokens is the most
 likely one after the reference tokens before it; so a single teacher-forced pass counts exact greedy matches. Where
-several answers are right, the best one counts (`is_right` on decoded text is more lenient).
+several answers are right, the best one counts (`is_right` on decoded text is more lenient, see `distill.scores`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.photos import Photos
 from distill.data.sample import Sample, Spelled
-from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, held_out
+from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, Question, held_out
 from mmmamba.model import MMMamba
 
 
@@ -24,12 +25,53 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
     """Which rows a greedy reply would match exactly, bool (batch,)."""
     device = model.device
     pixels = None if batch.pixels is None else pixel_values(batch.pixels.to(device))
+    used = int(batch.loss_mask.any(dim=0).nonzero().max()) + 1  # the rest is padding behind the last answer
+    ids = batch.input_ids[:, :used].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        hidden = model.hidden_states(batch.input_ids, pixels)
+        hidden = model.hidden_states(ids, pixels)
         rows, columns = (i.to(device) for i in batch.loss_mask[:, 1:].nonzero(as_tuple=True))
         predicted = model.language.output(hidden[rows, columns]).argmax(dim=-1)
-    wrong = predicted != batch.input_ids.to(device)[rows, columns + 1]
+    wrong = predicted != ids[rows, columns + 1]
     return torch.zeros(len(hidden), dtype=torch.int, device=device).index_add_(0, rows, wrong.int()) == 0
+
+
+def held_out_questions(
+    photos: Photos | None,
+    *,
+    count: int,
+    tasks: Sequence[str] | None = None,
+    icons: Path | None = None,
+    fonts: Path | None = None,
+    nlvr: Path | None = None,
+) -> Iterator[tuple[str, list[Question]]]:
+    """Tasks with `count` questions each, or as many as there are.
+
+    Args:
+        tasks: of `TASKS`. None: all, but those that need photos, icons, fonts or NLVR and go without.
+    Raises: ValueError for an unknown task, or one that was asked for and lacks what it needs.
+    """
+    needs = (
+        dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons) | {"printed_text": fonts, "nlvr": nlvr}
+    )
+    for task in TASKS if tasks is None else tasks:
+        if tasks is None and needs.get(task, ...) is None:
+            continue
+        questions = held_out(task, count, photos=photos, icons=icons, fonts=fonts, nlvr=nlvr)
+        if questions:  # none: photos without a class that is never taught
+            yield task, questions
+
+
+def judge(
+    model: MMMamba, rows: Rows, task: str, questions: Sequence[Question], *, batch_size: int = 64
+) -> list[bool | None]:
+    """For each question whether a greedy reply is the first of its right answers; None if it fits no row."""
+    made = [rows.row(Sample(q.image, ((q.question, _best(q.answer)),), task)) for q in questions]
+    fitting = [row for row in made if row is not None]
+    hits: list[bool] = []
+    for start in range(0, len(fitting), batch_size):
+        hits += exact_matches(model, stack(fitting[start : start + batch_size])).tolist()
+    found = iter(hits)
+    return [None if row is None else next(found) for row in made]
 
 
 def accuracy(
@@ -44,24 +86,11 @@ def accuracy(
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Share of exact matches for each task; those that need photos, icons, fonts or NLVR are left out without them."""
-    needs = (
-        dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons) | {"printed_text": fonts, "nlvr": nlvr}
-    )
     result = {}
-    for task in TASKS:
-        if needs.get(task, ...) is None:
-            continue
-        made = [
-            rows.row(Sample(q.image, ((q.question, _best(q.answer)),), task))
-            for q in held_out(task, count, photos=photos, icons=icons, fonts=fonts, nlvr=nlvr)
-        ]
-        fitting = [row for row in made if row is not None]
-        if not fitting:  # photos without a class that is never taught
-            continue
-        hits = [
-            exact_matches(model, stack(fitting[i : i + batch_size])).float() for i in range(0, len(fitting), batch_size)
-        ]
-        result[task] = round(float(torch.cat(hits).mean()), 4)
+    for task, questions in held_out_questions(photos, count=count, icons=icons, fonts=fonts, nlvr=nlvr):
+        hits = [hit for hit in judge(model, rows, task, questions, batch_size=batch_size) if hit is not None]
+        if hits:
+            result[task] = round(sum(hits) / len(hits), 4)
     return result
 
 

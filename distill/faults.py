@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.config import StageConfig
 from distill.inputs import Inputs
+from distill.memory import StageMemory
 
 WeightedInputs = list[tuple[float, Inputs]]
 # On a GPU, values are looked at so many steps later: a look at once would wait for the device in every step.
@@ -138,8 +139,13 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def explain_memory(name: str, config: StageConfig, batches: WeightedInputs) -> Iterator[None]:
-    """Inside, running out of memory says what to lower, with today's values.  Raises: MemoryError."""
+def explain_memory(
+    name: str, config: StageConfig, batches: WeightedInputs, estimate: StageMemory | None = None
+) -> Iterator[None]:
+    """Inside, running out of memory says what to lower, with today's values, and what was to be expected.
+
+    Raises: MemoryError.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
@@ -150,8 +156,9 @@ def explain_memory(name: str, config: StageConfig, batches: WeightedInputs) -> I
             f"{'image' if inputs.is_image else 'text'}_batch={inputs.shape[0]} of {inputs.shape[1]} tokens"
             for _, inputs in batches
         )
+        expected = "" if estimate is None else f". A step was estimated at {estimate}"
         raise MemoryError(
             f"{name}: out of memory ({text.splitlines()[0]}). Lower {rows}, and raise accumulate={config.accumulate} "
             "as much to keep the step the same; or lower image_seqlen and text_seqlen; or set activation_checkpointing "
-            f"(now {config.activation_checkpointing}); or spread the weights over several cards with --shard"
+            f"(now {config.activation_checkpointing}); or spread the weights over several cards with --shard{expected}"
         ) from error

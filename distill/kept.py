@@ -75,7 +75,6 @@ class Kept:
         for name, tensor in mine.items():
             tensor.copy_(like(tensors[name], tensor))
 
-
     def adopt(self, stage: str, other: Path, student: MMMamba) -> None:
         """Keep what another student of the same teacher made of this one's mixers in a layer by layer stage.
 
@@ -88,7 +87,9 @@ class Kept:
             raise ValueError(f"{path} is of another student's teacher: {', '.join(differ)}; take one of the same")
         mine = mixers(student)
         if missing := sorted(mine.keys() - tensors.keys()):
-            raise ValueError(f"{path} has no {missing[0]} and {len(missing) - 1} more; take a student with these mixers")
+            raise ValueError(
+                f"{path} has no {missing[0]} and {len(missing) - 1} more; take a student with these mixers"
+            )
         self.write(stage, {name: tensors[name] for name in mine})
 
 

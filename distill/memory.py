@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill.chunked_loss import CHUNK_ELEMENTS
+from distill.config import Recipe
 from mmmamba.config import EmbeddingConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.cost import count_parameters, teacher_config
 from mmmamba.state import D_CONV
@@ -100,6 +101,41 @@ def stage_memory(
     # A layer's values and as many gradients; stages 1 and 2 keep no more than that.
     workspace = 2 * most
     return StageMemory(shared * weight_bytes + own * WIDE, trained * WIDE, 2 * trained * WIDE, saved, loss, workspace)
+
+
+def step_memory(
+    recipe: Recipe,
+    stage: StudentStage,
+    student: ModelConfig,
+    *,
+    weight_bytes: int = WIDE,
+    scan: Literal["triton", "chunked"] = "triton",
+) -> StageMemory:
+    """Bytes of a step as a recipe has it: of the larger of its two batches, which run one after the other."""
+    config = recipe.stages[stage]
+    needs = []
+    tiles_a_row = recipe.pictures
+    if recipe.packed:
+        tiles_a_row = recipe.packed_tiles or recipe.image_seqlen // student.tokens_per_tile
+    for rows, seqlen, tiles, slots in (
+        (config.image_batch, recipe.image_seqlen, config.image_batch * tiles_a_row, config.image_answer_tokens),
+        (config.text_batch, recipe.text_seqlen, 0, config.text_answer_tokens),
+    ):
+        if rows:
+            needs.append(
+                stage_memory(
+                    student,
+                    stage,
+                    rows=rows,
+                    seqlen=seqlen,
+                    tiles=tiles,
+                    weight_bytes=weight_bytes,
+                    checkpointing=config.activation_checkpointing,
+                    scan=scan,
+                    loss_tokens=None if slots is None else rows * slots,
+                )
+            )
+    return max(needs, key=lambda need: need.total)
 
 
 def _layer_bytes(

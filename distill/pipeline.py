@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -13,12 +14,14 @@ from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole
 from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
 from distill.convert import make_student
+from distill.data.packed_stream import same_parts
 from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.kept import CONVERT, ORDER, Kept, whole_mixers
+from distill.memory import StageMemory, StudentStage, step_memory
 from distill.nano import new_teacher
 from distill.sharding import is_sharded, shard_, whole
-from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage
+from distill.stages import Stage, TeacherStage, student_stage
 from distill.streams import Data, Places, accepted, nlvr_folder
 from distill.trainer import Trained, train
 from mmmamba.checkpoint import load_model, save_model
@@ -116,8 +119,8 @@ def convert(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None =
         student = make_student(teacher, *types, seed=run.recipe.seed)
         kept.write(CONVERT, whole_mixers(student))
         run.say(f"{CONVERT}: {student.config.kind} student kept in {kept.path(CONVERT)}")
-        for name in LAYER_STAGES if layers_from is not None else ():
-            if name in run.recipe.stages:
+        for name in LAYER_STAGES:
+            if layers_from is not None and name in run.recipe.stages:
                 kept.adopt(name, layers_from, student)
                 run.say(f"{name}: taken from {layers_from}")
     run.processes.wait()
@@ -137,10 +140,11 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
         return
     student = make_student(teacher, *types, seed=run.recipe.seed)
     kept.load_(_before(run.recipe, name, kept), student)
-    stage = student_stage(name, teacher, student, compiled=run.compiled and not run.shard)
+    config = run.recipe.stages[name]
+    stage = student_stage(name, teacher, student, config, compiled=run.compiled and not run.shard)
     data = run.data(teacher)
     store = kept.checkpoints(name, run.recipe.facts(name))
-    trained = _train(run, name, stage, data, store)
+    trained = _train(run, name, stage, data, store, _estimate(run, name, student))
     tensors = whole_mixers(student)
     if run.processes.is_main:
         kept.write(name, tensors)
@@ -148,13 +152,6 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
         run.say(f"{name}: {trained.steps} steps in {trained.seconds / 60:.1f} minutes, kept in {kept.path(name)}")
     _report(run, student, name, data)
     run.processes.wait()
-
-
-def student_stage(name: str, teacher: MMMamba, student: MMMamba, *, compiled: bool) -> Stage:
-    """Stage 1, 2 or 3 by its name."""
-    if name == "stage3":
-        return LogitsStage(teacher, student, compiled=compiled)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", compiled=compiled)
 
 
 def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -> None:
@@ -193,7 +190,27 @@ def run_all(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None =
 _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)  # a second to read, the same for all stages
 
 
-def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) -> Trained:
+def _estimate(run: Run, name: str, student: MMMamba) -> StageMemory:
+    """What a step of a student's stage needs; printed too."""
+    estimate = step_memory(
+        run.recipe,
+        cast(StudentStage, name),
+        student.config,
+        weight_bytes=student.dtype.itemsize,
+        scan="triton" if run.device.type == "cuda" else "chunked",
+    )
+    notes = []
+    if run.device.type == "cuda":
+        notes.append(f"; the card has {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f} GiB")
+    if run.shard:
+        notes.append(f"; the first three are spread over {run.processes.world_size} cards, but for tables and vectors")
+    run.say(f"{name}: a step needs {estimate}{''.join(notes)}")
+    return estimate
+
+
+def _train(
+    run: Run, name: str, stage: Stage, data: Data, store: Checkpoints, estimate: StageMemory | None = None
+) -> Trained:
     if run.shard:
         shard_(stage, run.processes, run.device)
     checkpoint = store.latest(run.processes)
@@ -203,7 +220,13 @@ def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) ->
             f"{name}: the checkpoint is of {len(checkpoint.rng)} processes, now there are {run.processes.world_size}; "
             "a step has as many batches as there are processes, so the run is not what it would have been"
         )
-    images = data.batches("image", name, start=start)
+    kept = checkpoint.streams if checkpoint else []
+    if kept and not same_parts(kept, run.processes.world_size, data.parts):
+        run.say(
+            f"{name}: other numbers of processes or workers made the checkpoint's packed rows; no sample comes twice, "
+            "but the run is not what it would have been"
+        )
+    images = data.batches("image", name, start=start, kept=kept)
     assert images is not None, "image_batch is above 0"
     return train(
         name,
@@ -217,6 +240,7 @@ def _train(run: Run, name: str, stage: Stage, data: Data, store: Checkpoints) ->
         resume=checkpoint,
         tensorboard=run.tensorboard,
         processes=run.processes,
+        estimate=estimate,
     )
 
 

@@ -16,13 +16,11 @@ from distill.data.nlvr import Nlvr
 from distill.data.printed import Printed
 from distill.data.sample import rng_for
 from distill.data.shapes import NUMBERS
-from mmmamba.conversation import Conversation
-from mmmamba.generate import SamplingParams
+from distill.replies import greedy_replies
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import Tokenizer
 
 READING_TASKS = ("printed_text", "charts_bar_pie", "digits", "nlvr")
-_LONGEST_REPLY = 60  # tokens; the longest text of `printed_text` takes some 50
 
 
 def reading_questions(
@@ -88,13 +86,10 @@ def reads_right(task: str, predicted: str, answer: str) -> bool:
 def printed_error_rate(
     model: MMMamba, tokenizer: Tokenizer, count: int, seed: int = 0, *, fonts: str | Path | Fonts
 ) -> float:
-    """Character error rate of greedy replies to the questions of `printed_text`; decodes one after another."""
-    params = SamplingParams(temperature=0, max_new_tokens=_LONGEST_REPLY)
-    readings = []
-    for image, question, answer in reading_questions("printed_text", count, seed, fonts=fonts):
-        events = Conversation(model, tokenizer).ask(question, [image], params)
-        readings.append((_plain("".join(event.text for event in events)), answer))
-    return character_error_rate(readings)
+    """Character error rate of greedy replies to the questions of `printed_text`."""
+    asked = list(reading_questions("printed_text", count, seed, fonts=fonts))
+    replies = greedy_replies(model, tokenizer, [(image, question) for image, question, _ in asked])
+    return character_error_rate((_plain(reply), answer) for reply, (_, _, answer) in zip(replies, asked, strict=True))
 
 
 def _plain(text: str) -> str:

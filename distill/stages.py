@@ -18,6 +18,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from distill.chunked_loss import Loss, chunked_loss
+from distill.config import StageConfig
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
 from distill.losses import MSE_SCALE, Objective, layer_mse
@@ -288,6 +289,14 @@ class LogitsStage(Stage):
             temperature=objective.temperature,
             ce_factor=objective.ce_weight,
         )
+
+
+def student_stage(name: str, teacher: MMMamba, student: MMMamba, config: StageConfig, *, compiled: bool) -> Stage:
+    """Stage 1, 2 or 3 by its name, as its config wants it."""
+    shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
+    if name == "stage3":
+        return LogitsStage(teacher, student, objective=config.objective, **shared)
+    return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 
 def _trained_kinds(*, train_vkq: bool, train_decay: bool) -> frozenset[str]:

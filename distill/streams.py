@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import STAGES, Recipe, StageConfig
-from distill.data.batches import Batch, RowKind, Rows
+from distill.data.batches import RowKind, Rows
 from distill.data.mixture import Mixture, loader, open_sources
+from distill.data.packed_stream import Batches, PackedBatches, PackedStream, position_of
+from distill.data.packing import Pieces, RowShape
 from distill.data.photos import Photos
 from distill.data.sample import Source
 from distill.data.text import Conversations
@@ -18,6 +20,7 @@ from distill.faults import ignore_interrupts
 from mmmamba.config import ModelConfig
 from mmmamba.tokenizer import Tokenizer
 
+_NO_PLACES = {"text", "count", "batch_size", "tasks", "whole_pictures"}  # arguments beside the shared places
 OWN_TEXT = Path(__file__).parent / "data"  # self.jsonl.gz, drawn from the base model by distill.sample_text
 
 
@@ -67,7 +70,7 @@ def accepted(function: Callable[..., Any], named: dict[str, Path]) -> dict[str, 
 
 def _names(function: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"text", "count", "batch_size"}
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _NO_PLACES
 
 
 class Data:
@@ -105,32 +108,38 @@ class Data:
                 f"{', '.join(sorted(known))}"
             )
         self.sources: dict[RowKind, list[tuple[Source, float]]] = {
-            "image": _open(recipe.image_sources, where),
+            "image": _open(recipe.image_sources, where, whole_pictures=recipe.max_tiles > 1),
             "text": _open(recipe.text_sources, where),
         }
         self.val_photos = Photos(where.named["photos"], "val") if "photos" in where.named else None
 
     def rows(self, kind: RowKind, *, pictures: int | None = None) -> Rows:
-        """What makes rows of a kind, of as many pictures as the recipe says or another number.
+        """What makes rows of a kind, of as many pictures as the recipe says, or another number of one tile each.
 
-        Raises: ValueError if the recipe cuts pictures and rows cannot.
+        Raises: ValueError if the recipe's rows are too short.
         """
-        extra: dict[str, Any] = {}
-        if kind == "image" and self.recipe.max_tiles > 1:
-            if "max_tiles" not in inspect.signature(Rows).parameters:
-                raise ValueError(
-                    f"recipe {self.recipe.name} cuts a picture into up to max_tiles={self.recipe.max_tiles}, and rows "
-                    "hold one tile a picture so far; set max_tiles: 1 in a copy of the recipe"
-                )
-            extra["max_tiles"] = self.recipe.max_tiles
-        if kind == "image":
-            extra["num_images"] = pictures or self.recipe.pictures
-        return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind], **extra)
+        recipe = self.recipe
+        if not recipe.packed or pictures is not None:
+            num_images = pictures or recipe.pictures
+            return Rows(self.tokenizer, self.config, kind, seqlen=self.seqlens[kind], num_images=num_images)
+        blank = (recipe.packed_tiles or 0) * self.config.tokens_per_tile  # tokens of a row that no text can have
+        return Rows(
+            self.tokenizer,
+            self.config,
+            kind,
+            seqlen=min(self.seqlens[kind], recipe.image_seqlen - (blank if kind == "text" else 0)),
+            num_images=None,
+            max_tiles=recipe.max_tiles,
+            text_tokens=recipe.image_seqlen - blank,
+        )
 
-    def batches(self, kind: RowKind, stage: str, *, start: int = 0) -> Iterator[Batch] | None:
+    def batches(
+        self, kind: RowKind, stage: str, *, start: int = 0, kept: Sequence[dict[str, Any]] = ()
+    ) -> Batches | None:
         """An endless stream from batch `start` on; None if the stage takes none of this kind.
 
-        Another seed a stage, since a stage need not see again what the last one saw.
+        Another seed a stage, since a stage need not see again what the last one saw. Packed rows hold both kinds, come
+        as "image", and go on from what `PackedStream.position` was in each process.
 
         Raises: ValueError if a stage takes image batches and the recipe has no source for them.
         """
@@ -138,6 +147,9 @@ class Data:
         size = config.image_batch if kind == "image" else config.text_batch
         if not size:
             return None
+        seed = self.recipe.seed * 10 + STAGES.index(stage)
+        if self.recipe.packed:
+            return self._packed(size, seed, kept)
         if not self.sources[kind]:
             raise ValueError(
                 f"recipe {self.recipe.name} has no {kind}_sources, and {stage} takes {kind}_batch={size} rows of them"
@@ -146,7 +158,7 @@ class Data:
             self.sources[kind],
             self.rows(kind),
             batch_size=size,
-            seed=self.recipe.seed * 10 + STAGES.index(stage),
+            seed=seed,
             start=start,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
@@ -156,11 +168,36 @@ class Data:
         made.worker_init_fn = ignore_interrupts
         return iter(made)
 
+    def _packed(self, rows_a_batch: int, seed: int, kept: Sequence[dict[str, Any]]) -> PackedStream:
+        recipe, processes = self.recipe, self.processes
+        rows: dict[RowKind, Rows] = {"image": self.rows("image"), "text": self.rows("text")}
+        shape = RowShape.of(
+            self.config,
+            seqlen=recipe.image_seqlen,
+            rows=rows_a_batch,
+            tiles=recipe.packed_tiles,
+            pad_id=rows["text"].pad_id,
+        )
+        mixture = Mixture([*self.sources["image"], *self.sources["text"]], rows["image"], batch_size=1, seed=seed)
+        at = position_of(kept, rank=processes.rank, world_size=processes.world_size, parts=self.parts)
+        pieces = Pieces(mixture.sample, rows)
+        packed = PackedBatches(pieces, shape, rank=processes.rank, world_size=processes.world_size, at=at)
+        made = loader(packed, num_workers=self.workers)
+        made.worker_init_fn = ignore_interrupts
+        return PackedStream(iter(made), at)
 
-def _open(weights: dict[str, float], where: Places) -> list[tuple[Source, float]]:
+    @property
+    def parts(self) -> int:
+        """Parts of a packed stream, each of which stands somewhere."""
+        return max(1, self.workers)
+
+
+def _open(weights: dict[str, float], where: Places, *, whole_pictures: bool = False) -> list[tuple[Source, float]]:
     """The sources of `weights`, with files in place of some."""
     files = {n: p for n, p in where.instead.items() if n in weights and p.endswith((".jsonl", ".jsonl.gz"))}
     own: list[tuple[Source, float]] = [(Conversations(path, name=n), weights[n]) for n, path in files.items()]
     rest = {where.instead.get(n, n): weight for n, weight in weights.items() if n not in files}
     # Sources among pictures may read from the folders of conversations too.
-    return own + open_sources(rest, text=[*where.text, OWN_TEXT], **accepted(open_sources, where.named))
+    folders = [*where.text, OWN_TEXT]
+    shared = accepted(open_sources, where.named)
+    return own + open_sources(rest, text=folders, whole_pictures=whole_pictures, **shared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from distill.checkpoints import Checkpoint, Checkpoints, rng_state, set_rng_state
 from distill.clock import Clock
 from distill.config import StageConfig
-from distill.data.batches import Batch
+from distill.data.packed_stream import Batches, PackedStream
 from distill.distributed import Processes
 from distill.faults import Interrupted, Interrupts, Watch, WeightedInputs, explain_memory
 from distill.inputs import prepare
+from distill.memory import StageMemory
 from distill.monitor import Monitor
 from distill.optim import stage_optimizers
 from distill.recompute import recompute_blocks_
@@ -42,8 +42,8 @@ def train(
     name: str,
     stage: Stage,
     config: StageConfig,
-    image_batches: Iterator[Batch],
-    text_batches: Iterator[Batch] | None,
+    image_batches: Batches,
+    text_batches: Batches | None,
     log_path: Path,
     *,
     graph: bool = False,
@@ -51,6 +51,7 @@ def train(
     resume: Checkpoint | None = None,
     tensorboard: Path | None = None,
     processes: Processes = ONE_PROCESS,
+    estimate: StageMemory | None = None,
 ) -> Trained:
     """Run a stage; leaves the trained values in its parameters, rounded as stored if the config rounds at all.
 
@@ -58,12 +59,13 @@ def train(
     compilation included, added to those before the checkpoint. Ctrl-C finishes the step first.
 
     Args:
-        image_batches, text_batches: those after the checkpoint's, if there is one.
+        image_batches, text_batches: those after the checkpoint's, if there is one; packed ones hold both.
         graph: capture the step as a CUDA graph.
         store: where checkpoints go, every `config.save_minutes` or `config.save_steps` and when interrupted.
         resume: what to go on from; every value is then what it would have been without the interruption.
         tensorboard: folder for curves.
         processes: those that train together, each on batches of its own; the main one writes.
+        estimate: what a step should need; named if there is less.
     Raises: FloatingPointError if a loss or gradient is not finite, with the batch kept; MemoryError saying what to
         lower; Interrupted when asked to stop, with everything saved; ValueError if nothing trains, a checkpoint does
         not fit, or settings exclude each other.
@@ -72,7 +74,7 @@ def train(
     _check(name, parameters, config, graph=graph)
     if config.activation_checkpointing:
         recompute_blocks_(stage.networks())
-    loop = _Loop(name, stage, config, parameters, processes, graph=graph)
+    loop = _Loop(name, stage, config, parameters, processes, graph=graph, estimate=estimate)
     if resume is not None:
         loop.restore(resume)
     clock = Clock(config, elapsed_s=resume.elapsed_s if resume else 0.0, step=loop.step)
@@ -97,7 +99,7 @@ def train(
                 monitor.move(progress)
                 if (save or stop) and store is not None:
                     watch.drain()
-                    _save(loop, clock, store, monitor, must=stop)
+                    _save(loop, clock, store, monitor, image_batches, must=stop)
                 if stop:
                     raise Interrupted(_how_to_go_on(name, loop.step, store))
                 if progress >= 1:
@@ -135,8 +137,10 @@ class _Loop:
         processes: Processes,
         *,
         graph: bool,
+        estimate: StageMemory | None,
     ) -> None:
         self.name = name
+        self.estimate = estimate
         self.config = config
         self.parameters = parameters
         self.processes = processes
@@ -152,7 +156,7 @@ class _Loop:
         """One step; returns what to log, on the device."""
         self._set_rates(self.config.lr_factor(progress))
         rounding = progress >= self.config.round_from
-        with explain_memory(self.name, self.config, batches[0]):
+        with explain_memory(self.name, self.config, batches[0], self.estimate):
             with rounded_weights(self.parameters) if rounding else nullcontext():
                 values = self._compute(batches)
             self._gradients.average_(self.processes)
@@ -180,7 +184,7 @@ class _Loop:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
-    def checkpoint(self, facts: dict[str, object], elapsed_s: float) -> Checkpoint:
+    def checkpoint(self, facts: dict[str, object], elapsed_s: float, batches: Batches) -> Checkpoint:
         """The state after the last step; all processes must call it, only the main one's is whole."""
         needed = self.processes.is_main or is_sharded(self.parameters.values())
         return Checkpoint(
@@ -191,6 +195,7 @@ class _Loop:
             parameters=whole({name: p.data for name, p in self.parameters.items()}) if needed else {},
             optimizers=whole([optimizer.state_dict() for optimizer in self.optimizers]) if needed else [],
             rng=self.processes.gather(rng_state()),
+            streams=self.processes.gather(batches.position.plain()) if isinstance(batches, PackedStream) else [],
         )
 
     @torch.no_grad()
@@ -219,14 +224,14 @@ def _check(name: str, parameters: dict[str, nn.Parameter], config: StageConfig, 
         )
 
 
-def _save(loop: _Loop, clock: Clock, store: Checkpoints, monitor: Monitor, *, must: bool) -> None:
+def _save(loop: _Loop, clock: Clock, store: Checkpoints, monitor: Monitor, batches: Batches, *, must: bool) -> None:
     """Write a checkpoint. On a full disk the run goes on and tries again after the next interval, unless it `must`.
 
     Raises: OSError if it must and cannot.
     """
     if clock.saved_step == loop.step:
         return
-    checkpoint = loop.checkpoint(store.facts, clock.elapsed_s)
+    checkpoint = loop.checkpoint(store.facts, clock.elapsed_s, batches)
     clock.saved(loop.step)
     if not loop.processes.is_main:
         return
@@ -245,9 +250,7 @@ def _how_to_go_on(name: str, step: int, store: Checkpoints | None) -> str:
     return f"{name} stopped after step {step}, kept in {store.folder}; the same command goes on from there"
 
 
-def _next(
-    stage: Stage, config: StageConfig, image_batches: Iterator[Batch], text_batches: Iterator[Batch] | None
-) -> WeightedInputs:
+def _next(stage: Stage, config: StageConfig, image_batches: Batches, text_batches: Batches | None) -> WeightedInputs:
     every = stage.all_tokens
     image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, all_tokens=every)
     batches = [(1.0, image)]

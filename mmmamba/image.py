@@ -118,14 +118,14 @@ def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile
     return best
 
 
-def tile_image(image: Image.Image, config: ModelConfig, *, max_tiles: int | None = None) -> torch.Tensor:
+def cut_tiles(image: Image.Image, config: ModelConfig, *, max_tiles: int | None = None) -> np.ndarray:
     """Cut an image into tiles, row by row, and append a thumbnail if there is more than one and the config says so.
 
     Args:
         image: RGB, as from `load_image`.
         max_tiles: tiles without the thumbnail; None takes `config.max_dynamic_patch`. A config without
             `dynamic_image_size` always gets one tile.
-    Returns: pixel_values, (num_tiles, 3, tile, tile), float32, ImageNet-normalised.
+    Returns: (num_tiles, tile, tile, 3), uint8.
     Raises: ImageError if the image is not RGB; ValueError for `max_tiles` outside 1 to 64.
     """
     if image.mode != "RGB":
@@ -143,7 +143,15 @@ def tile_image(image: Image.Image, config: ModelConfig, *, max_tiles: int | None
     if config.use_thumbnail and len(tiles) > 1:
         thumbnail = np.asarray(image.resize((px, px), Image.Resampling.BICUBIC))
         tiles = np.concatenate([tiles, thumbnail[None]])
-    scaled = tiles.astype(np.float32) / 255
+    return tiles
+
+
+def tile_image(image: Image.Image, config: ModelConfig, *, max_tiles: int | None = None) -> torch.Tensor:
+    """The tiles of an image as the model takes them.  Arguments and errors: see `cut_tiles`.
+
+    Returns: pixel_values, (num_tiles, 3, tile, tile), float32, ImageNet-normalised.
+    """
+    scaled = cut_tiles(image, config, max_tiles=max_tiles).astype(np.float32) / 255
     normalised = (scaled - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)))  # (num_tiles, 3, tile, tile)
 

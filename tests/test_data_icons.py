@@ -20,6 +20,7 @@ from distill.data.icons_pack import STYLES, pack_icons
 from distill.data.icons_pack import main as pack_main
 from distill.data.mixture import open_sources
 from distill.data.photos_pack import write_packed
+from distill.data.restyle import bend, restyle
 from distill.data.sample import rng_for
 from distill.data.scene import COLORS
 from distill.data.shapes import NUMBERS
@@ -127,7 +128,8 @@ def test_styles_and_things_are_held_out(packed):
     assert not [noun for noun in never if re.search(rf"\b{re.escape(noun)}\b", said)]
 
 
-def test_icons_lie_within_the_picture_apart_and_where_the_scene_says(packed):
+def test_icons_lie_within_the_picture_apart_and_where_the_scene_says(packed, monkeypatch):
+    monkeypatch.setattr("distill.data.icon_scene.restyle", lambda picture, rng: picture)
     source = Icons(packed)
     numbers: Counter[int] = Counter()
     for i in range(200):
@@ -335,22 +337,43 @@ def test_flags_answer_what_they_are(packed):
     assert abs(answers["Yes."] - answers["No."]) < 50
 
 
-def test_train_and_val_show_flags_differently(packed):
+def test_drawings_are_changed_in_training_alone_and_stay_what_they_are(packed):
+    apple = Image.new("RGBA", (60, 40))
+    ImageDraw.Draw(apple).ellipse((10, 5, 50, 35), fill=(200, 30, 30, 255))
+    looks = [restyle(apple.copy(), rng_for("look", i)) for i in range(40)]
+    assert len({look.tobytes() for look in looks}) > 25
+    for look in looks:
+        red, green, blue, alpha = np.asarray(look, int)[look.height // 2, look.width // 2]
+        assert alpha == 255
+        assert red > max(green, blue) + 20, "still a red thing"
+        assert look.getpixel((0, 0))[3] == 0
+    bent = bend(apple, rng_for("bent"))
+    assert bent.width == apple.width
+    assert bent.height > apple.height
+    assert np.asarray(bent)[..., 3].sum() == np.asarray(apple)[..., 3].sum(), "no pixel is lost"
+    assert Icons(packed, "val").sample(0, 0).image.tobytes() == Icons(packed, "val").sample(0, 0).image.tobytes()
+
+
+def test_train_and_val_show_flags_differently(packed, monkeypatch):
+    monkeypatch.setattr("distill.data.flags.restyle", lambda picture, rng: picture)
     train, val = Flags(packed), Flags(packed, "val")
     assert not {flag.key for flag in train.flags} & {flag.key for flag in val.flags}
     assert train.countries == val.countries
 
-    def border_is_straight(image: Image.Image) -> bool:
-        """Whether the red half ends at one height in all columns that hold it."""
-        red = np.abs(np.asarray(image, int) - (255, 0, 0)).sum(-1) < 90
+    def waves(image: Image.Image) -> bool:
+        """Whether the red half's lower end goes up and down again, or down and up, within the flag."""
+        pixels = np.asarray(image, int)
+        red = (pixels[..., 0] > 1.6 * pixels[..., 1]) & (pixels[..., 0] > 1.6 * pixels[..., 2])
         ends = 223 - red[::-1].argmax(0)[red.sum(0) > 8]
-        return bool(len(ends) and np.ptp(ends) <= 1)
+        middle = ends[len(ends) // 12 : -(len(ends) // 12) or None]
+        rises = np.sign(np.diff(middle[:: max(1, len(middle) // 16)]))
+        return int((np.diff(rises[rises != 0]) != 0).sum()) >= 2
 
     poland = next(flag for flag in train.flags if flag.country == "Poland")
     flat = [train.draw(poland, rng_for("flat", i)) for i in range(20)]
     waving = [val.draw(poland, rng_for("waving", i)) for i in range(20)]
-    assert sum(map(border_is_straight, flat)) > 12
-    assert sum(map(border_is_straight, waving)) == 0
+    assert sum(map(waves, flat)) <= 2
+    assert sum(map(waves, waving)) > 14
 
 
 def test_colors_of_flags_are_certain_or_not_said():

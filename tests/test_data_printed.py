@@ -6,28 +6,30 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from distill.data.batches import Rows
 from distill.data.errors import character_error_rate, edit_distance
 from distill.data.fonts import KINDS, Fonts, builtin_font, open_fonts
 from distill.data.fonts_pack import FAMILIES, pack_fonts
 from distill.data.fonts_pack import main as pack_main
 from distill.data.page import Page, Press
 from distill.data.pages import MAKERS, random_page
-from distill.data.printed import MIN_PX, Printed
+from distill.data.printed import MIN_PX, LargePrint, Printed
 from distill.data.printed_questions import READABLE, ask_there
-from distill.data.sample import held_out, rng_for
+from distill.data.sample import Spelled, held_out, rng_for
 from distill.data.shapes import NUMBERS
 from distill.data.sheet import ink_on, luma, room
 from distill.data.words import HELD_OUT_PERCENT, Words, listed_words, may_print, ordinary_words
+from distill.nano import nano_config
 from distill.reading import printed_error_rate, reading_questions, reads_right
+from mmmamba.checkpoint import BUNDLED_DIR
+from mmmamba.tokenizer import load_tokenizer
 from tests.reading import write_fonts
 
 
@@ -392,16 +394,10 @@ def test_error_rate_of_a_model_counts_its_replies(font_pack: Path, monkeypatch: 
     """A model that reads everything but the last letter errs by one letter a text."""
     texts = {image.tobytes(): answer for image, _, answer in reading_questions("printed_text", 6, fonts=font_pack)}
 
-    class Reader:
-        def __init__(self, *_: object) -> None: ...
+    def read(model: object, tokenizer: object, asked: list[tuple[Image.Image, str]]) -> list[str]:
+        return [f'"{texts[image.tobytes()][:-1]}"' for image, _ in asked]
 
-        def ask(self, _: str, images: list[Image.Image], params: object) -> Iterator[SimpleNamespace]:
-            assert params.temperature == 0
-            text = texts[images[0].tobytes()]
-            yield SimpleNamespace(text=f'"{text[:-3]}')
-            yield SimpleNamespace(text=f'{text[-3:-1]}"')
-
-    monkeypatch.setattr("distill.reading.Conversation", Reader)
+    monkeypatch.setattr("distill.reading.greedy_replies", read)
     rate = printed_error_rate(None, None, 6, fonts=font_pack)
     assert rate == pytest.approx(6 / sum(map(len, texts.values())))
 
@@ -410,3 +406,35 @@ def test_reading_is_scored_to_the_letter() -> None:
     assert reads_right("printed_text", ' "Open  daily" ', "Open daily")
     assert not reads_right("printed_text", "open daily", "Open daily")
     assert not reads_right("printed_text", "Open dail", "Open daily")
+
+
+def test_large_print_is_read_and_nothing_else(font_pack: Path) -> None:
+    source = LargePrint(fonts=font_pack)
+    for i in range(30):
+        page, ((_, answer),) = source.page(0, i)
+        assert answer == page.text
+        assert isinstance(answer, Spelled)
+        assert page.kind in ("words", "sign")
+
+
+def test_what_is_read_is_learned_in_single_characters(font_pack: Path) -> None:
+    """The reply is the same text, and a word that was never trained on consists of tokens that were."""
+    tokenizer, config = load_tokenizer(BUNDLED_DIR), nano_config()
+    rows = Rows(tokenizer, config, "image", seqlen=500)
+    spelled = 0
+    for i in range(20):
+        sample = Printed("val", fonts=font_pack).sample(0, i)
+        row = rows.row(sample)
+        assert row is not None
+        learned = np.flatnonzero(row.loss_mask)
+        said = [
+            [int(row.input_ids[j]) for j in run] for run in np.split(learned, np.flatnonzero(np.diff(learned) > 1) + 1)
+        ]
+        for (_, answer), ids in zip(sample.turns, said, strict=True):
+            assert tokenizer.decode(ids[:-1]) == answer
+            if isinstance(answer, Spelled):
+                spelled += 1
+                assert len(ids) - 1 >= len(answer)
+            else:
+                assert ids[:-1] == tokenizer.encode(answer)
+    assert spelled > 15

@@ -205,7 +205,7 @@ def test_images_stand_where_the_text_places_them(folder: Path, tokenizer) -> Non
     assert tokenizer.decode(ids[:first]).endswith("user\nLeft: ")
     assert tokenizer.decode(ids[after:second]) == ", right: "
     assert tokenizer.decode(ids[second + len(image) :]).startswith(". Same?")
-    assert row.pixels.shape == (448, 224, 3)
+    assert row.pixels.shape == (2, 224, 224, 3)
     batch = stack([row, row])
     assert batch.pixels.shape == (4, 224, 224, 3)
     assert batch.pixels[1, 0, 0, 0] > 240 > batch.pixels[2, 0, 0, 0]

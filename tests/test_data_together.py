@@ -31,7 +31,8 @@ def test_every_picture_comes_before_what_is_asked_of_it() -> None:
     for seed in range(60):
         joined = join([picture("red"), picture("blue")], random.Random(seed), chars=400)
         assert [image.getpixel((0, 0)) for image in joined.images] == [(255, 0, 0), (0, 0, 255)]
-        assert joined.new_images is not None and sum(joined.new_images) == 2
+        assert joined.new_images is not None
+        assert sum(joined.new_images) == 2
         at_once += joined.new_images[0] == 2
         shown = 0
         for (question, answer), new in zip(joined.turns, joined.new_images, strict=True):
@@ -73,7 +74,8 @@ def test_rows_hold_both_pictures_and_a_stream_goes_on_where_it_stopped(tokenizer
     rows = Rows(tokenizer, config, "image", seqlen=304, num_images=2)
     whole = Mixture([(Shapes("train"), 1.0)], rows, batch_size=3, joined=True)
     batch = whole.batch(2)
-    assert batch.pixels is not None and batch.pixels.shape == (6, 224, 224, 3)
+    assert batch.pixels is not None
+    assert batch.pixels.shape == (6, 224, 224, 3)
     image_tokens = (batch.input_ids == config.embedding.img_context_token_id).sum(dim=1)
     assert image_tokens.tolist() == [2 * config.tokens_per_tile] * 3
     labels = [

@@ -17,19 +17,22 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import distill.nano
 from distill.__main__ import _parser, cli, main
+from distill.config import Recipe
 from distill.convert import fuse_
 from distill.data.batches import Batch
 from distill.data.mixture import Mixture
-from mmmamba import ModelConfig, load_model
+from distill.distributed import Processes
+from distill.losses import token_kl
+from distill.streams import Data, places
+from mmmamba import load_model
 from mmmamba.checkpoint import BUNDLED_DIR, save_model
 from mmmamba.model import MMMamba
+from mmmamba.tokenizer import load_tokenizer
+from tests.training import save_tiny_base, save_tiny_teacher, tiny_config
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 STAGE = {
     "steps": 2,
     "lr": 1e-3,
@@ -38,28 +41,12 @@ STAGE = {
     "image_answer_tokens": 20,
     "text_answer_tokens": 120,
 }
-COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "teacher", "bundle")
-
-
-def tiny_config() -> ModelConfig:
-    config = distill.nano.nano_config()
-    return replace(
-        config,
-        embedding=replace(
-            config.embedding, **SHAPE, llm_hidden_size=32, image_size=56, num_hidden_layers=2, layer_types=()
-        ),
-        language=replace(config.language, **SHAPE, num_hidden_layers=2, layer_types=()),
-    )
+COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "table", "teacher", "bundle")
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "base"
-    LlamaForCausalLM(
-        LlamaConfig(**SHAPE, num_hidden_layers=2, vocab_size=49_152, tie_word_embeddings=True, rms_norm_eps=1e-5)
-    ).save_pretrained(path)
-    return path
+    return save_tiny_base(tmp_path / "base")
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +101,6 @@ def log_of(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
 
-def save_tiny_teacher(path: Path, config: ModelConfig | None = None) -> Path:
-    """A teacher nobody trained, with the bundled tokenizer's ids."""
-    torch.manual_seed(0)
-    model = MMMamba(config or tiny_config())
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.05)
-    save_model(model, path)
-    return path
-
-
 @pytest.mark.usefixtures("tiny")
 def test_teacher_student_bundle_and_eval(
     tmp_path: Path, base: Path, font_pack: Path, nlvr_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -147,7 +123,9 @@ def test_teacher_student_bundle_and_eval(
     main(["convert", *model_only])
     assert load_model(by_steps).config.kind == "linear", "a seeded student can be loaded"
     for name in ("stage1", "stage2", "stage3"):
+        capsys.readouterr()
         main([name, *teacher_at, "--out", str(by_steps), *options, "--eval-count", "0"])
+        assert f"{name}: a step needs about 0." in capsys.readouterr().out
         assert (by_steps / "stages" / f"{name}.safetensors").is_file()
     main(["export", *model_only])
     # ... is the same as all at once, the teacher included, and a second time nothing is left to do.
@@ -165,6 +143,21 @@ def test_teacher_student_bundle_and_eval(
     for name in ("teacher", "convert", "stage1", "stage2", "stage3"):
         assert f"{name}: taken from" in said
     assert (at_once / "stages" / "stage1.safetensors").stat().st_mtime_ns == trained_at
+
+    # A hybrid of the same teacher takes the layers that were trained for the linear one.
+    hybrid = tiny_recipe(tmp_path, name="hybrid", softmax_layers=[0, 3], image_seqlen=160, image_sources=sources)
+    mixed = ["run", *common(tmp_path, hybrid), *options[10:], "--layers-from", str(at_once)]
+    main([*mixed, *teacher_at, "--out", str(tmp_path / "mixed")])
+    assert "stage2: taken from" in capsys.readouterr().out
+    assert load_model(tmp_path / "mixed").config.kind == "hybrid"
+    taken, whole = (load_file(out / "stages" / "stage2.safetensors") for out in (tmp_path / "mixed", at_once))
+    assert taken.keys() < whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in taken.items())
+    wide = tiny_config()
+    wide = replace(wide, language=replace(wide.language, rope_theta=5.0))
+    other = ["--teacher", str(save_tiny_teacher(tmp_path / "other", wide)), "--out", str(tmp_path / "no")]
+    with pytest.raises(ValueError, match=r"stage1.safetensors is of another student's teacher"):
+        main([*mixed, *other])
 
     assert linear.config.kind == "linear"
     assert torch.equal(linear.embedding.text.weight, teacher.embedding.text.weight)
@@ -188,6 +181,36 @@ def test_teacher_student_bundle_and_eval(
     scores = json.loads(capsys.readouterr().out)
     assert {"printed_text", "nlvr", "digits"} <= scores.keys()
     assert scores["printed_text_cer"] > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_all_tokens_sums_over_all_tokens(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, stages={"stage3": STAGE | {"steps": 1}})
+    options = [
+        *common(tmp_path, recipe),
+        "--eval-count",
+        "0",
+        "--teacher",
+        str(teacher),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    main(["convert", *options[:2], *options[-4:]])
+    student = load_model(tmp_path / "out")
+    main(["stage3", *options, "--all-tokens"])
+    data = Data(
+        Recipe.load(str(recipe)), places([]), load_tokenizer(BUNDLED_DIR), student.config, workers=0,
+        processes=Processes(),
+    )  # fmt: skip
+    stream = data.batches("text", "stage3")
+    assert stream is not None
+    batch = next(stream)
+    length = int(batch.loss_mask[0].nonzero().max()) + 1
+    with torch.no_grad():
+        logits = (model(batch.input_ids[:, :length]) for model in (student, load_model(teacher)))
+        wanted = float(token_kl(*logits).sum())
+    assert log_of(tmp_path)[0]["text_kl"] == pytest.approx(wanted, rel=0.02), "training computes in bf16"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -215,9 +238,6 @@ def test_what_the_steps_refuse(tmp_path: Path) -> None:
         ValueError, match=r"recipe tiny has no text_sources, and stage1 takes text_batch=1 rows of them"
     ):
         main(["stage1", *common(tmp_path, silent), *options[-4:]])
-    many = tiny_recipe(tmp_path, name="tiny", max_tiles=12)
-    with pytest.raises(ValueError, match=r"recipe tiny cuts a picture into up to max_tiles=12, and rows hold one tile"):
-        main(["stage1", *common(tmp_path, many), *options[-4:]])
     tiny_recipe(tmp_path)
     large = tiny_recipe(tmp_path, name="large", shape={"num_layers": 32, "hidden_size": 32})
     with pytest.raises(ValueError, match=r"the teacher does not fit the recipe: it has num_layers=4, not 32; take"):

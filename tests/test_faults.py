@@ -23,6 +23,7 @@ from distill.data.batches import Batch
 from distill.faults import Interrupted, Interrupts
 from distill.inputs import Inputs, prepare
 from distill.kept import Kept, mixers
+from distill.memory import StageMemory
 from distill.monitor import Monitor
 from distill.recompute import recompute_blocks_
 from distill.stages import LayerStage, LogitsStage
@@ -248,6 +249,10 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
     )
     with pytest.raises(MemoryError, match=wanted):
         train("test", stage, config, batches("image"), batches("text"), tmp_path / "log")
+    estimate = StageMemory(2**30, 2**29, 2**30, 0, 2**28, 2**28)
+    stage = Breaking(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(MemoryError, match=r"A step was estimated at about 3.0 GiB: weights 1.00, gradients 0.50"):
+        train("test", stage, config, batches("image"), batches("text"), tmp_path / "log", estimate=estimate)
     with pytest.raises(RuntimeError, match=r"^something else$"):
         train("test", Breaking(RuntimeError("something else")), CONFIG, batches("image"), None, tmp_path / "log")
 

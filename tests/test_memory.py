@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distill.config import Recipe
 from distill.convert import make_student
-from distill.memory import StageMemory, StudentStage, stage_memory
+from distill.memory import StageMemory, StudentStage, stage_memory, step_memory
 from distill.recompute import recompute_blocks_
 from distill.stages import LayerStage, LogitsStage, Stage
 from mmmamba.config import ModelConfig
@@ -91,6 +93,28 @@ def test_activations_are_near_what_is_kept(checkpointing: bool, kind: str) -> No
     assert kept > 100_000
     # Above: the loss keeps a few hidden states, and a final norm its input.
     assert 0.8 * kept <= estimate.activations + 3 * rows * 16 * 64 * 4 <= 1.4 * kept, (kept, estimate)
+
+
+def test_the_larger_batch_of_a_recipe_counts() -> None:
+    config = ModelConfig.from_dict(golden_config("post", "hovle")).with_layer_types(("mamba2",) * 8, ("mamba2",) * 4)
+    linear = Recipe.load("nano-linear")
+    plan = replace(linear.stages["stage3"], image_batch=6, text_batch=2, image_answer_tokens=5)
+    recipe = replace(linear, stages={"stage3": plan}, image_seqlen=64, text_seqlen=32)
+    images = stage_memory(config, "stage3", rows=6, seqlen=64, tiles=12, loss_tokens=30)
+    assert step_memory(recipe, "stage3", config) == images
+    longer = replace(recipe, text_seqlen=512, stages={"stage3": replace(plan, text_answer_tokens=None)})
+    texts = stage_memory(config, "stage3", rows=2, seqlen=512, weight_bytes=2)
+    assert step_memory(longer, "stage3", config, weight_bytes=2) == texts
+    assert texts.activations > images.activations
+
+
+def test_tiles_of_packed_rows_count() -> None:
+    config = config_2_6b("linear")
+    recipe = Recipe.load("hovle-2.6b-linear")
+    fixed = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=24, checkpointing=True)
+    assert step_memory(recipe, "stage3", config) == fixed
+    most = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=32, checkpointing=True)
+    assert step_memory(replace(recipe, packed_tiles=None), "stage3", config) == most
 
 
 def config_2_6b(kind: str) -> ModelConfig:

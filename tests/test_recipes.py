@@ -12,11 +12,13 @@ import yaml
 
 from distill.checkpoints import differences
 from distill.config import RECIPES_DIR, STAGES, Recipe, Shape, StageConfig
+from distill.losses import Objective
 from distill.nano import nano_config
 from mmmamba.config import ModelConfig
 from tests.helpers import golden_config
 
 GOOD = {"steps": 1, "lr": 0.1, "image_batch": 1, "text_batch": 0}
+PACKED = {"packed": True, "pictures": 1, "stages": {"stage1": GOOD}}
 
 
 def recipe(tmp_path: Path, **changes: Any) -> str:
@@ -58,7 +60,7 @@ def test_layer_types_of_a_recipe(tmp_path: Path) -> None:
         ({"stages": {"stage4": {}}}, r"mine.yaml: stages are \['stage4'\]; use teacher, stage1"),
         (
             {"stages": {"stage1": {"steps": 3, "lr": 1, "image_batch": 1, "text_batch": 1, "step": 3}}},
-            "mine.yaml: step not known; fields are accumulate, activation_checkpointing, clip, decay, ",
+            "mine.yaml: step not known; fields are accumulate, activation_checkpointing, all_tokens, ",
         ),
         ({"stages": {"stage1": {"steps": 3, "lr": 0.1}}}, "mine.yaml: stage1 misses image_batch, text_batch"),
         ({"stages": {"stage1": None}}, "mine.yaml: stage1 misses"),
@@ -71,9 +73,26 @@ def test_layer_types_of_a_recipe(tmp_path: Path) -> None:
             r"mine.yaml: softmax_layers \[38\] do not exist; the teacher has layers 0 to 37",
         ),
         ({"shape": {"num_layers": 2}, "softmax_layers": [0, 1]}, "mine.yaml: .*every layer, so nothing would train"),
+        ({"max_tiles": 12}, "max_tiles=12 needs rows that hold any number of tiles; set packed: true"),
+        ({"packed_tiles": 12}, "packed_tiles=12 needs rows that hold any number of tiles; set packed: true"),
+        ({"packed": "yes"}, "packed='yes' must be true or false"),
+        (PACKED | {"pictures": 2}, "pictures=2 and packed exclude each other: a packed row holds what fits"),
+        (PACKED | {"stages": {"teacher": GOOD}}, "packed is for students"),
+        (PACKED | {"packed_tiles": 12, "max_tiles": 12}, "packed_tiles=12 holds no picture of 13 tiles, thumbnail"),
+        (PACKED | {"stages": {"stage1": GOOD | {"text_batch": 1}}}, "stage1: text_batch=1, but packed rows hold text"),
+        (PACKED | {"stages": {"stage1": GOOD | {"image_batch": 2}}}, "stage1: image_batch=2 rows need equally many"),
         ({"image_seqlen": 0}, "mine.yaml: image_seqlen=0 must be a whole number above 0"),
         ({"stages": {"stage1": GOOD | {"steps": 0}}}, "mine.yaml: stage1: steps=0 trains nothing"),
         ({"stages": {"stage1": GOOD | {"lr": "1e-3"}}}, 'stage1: lr="1e-3" is text; write a number, with a point'),
+        (
+            {"stages": {"stage1": GOOD | {"temperature": 2.0, "all_tokens": True}}},
+            "stage1: temperature=2.0, all_tokens=True would change nothing; leave it out, or move it to stage3",
+        ),
+        (
+            {"stages": {"teacher": GOOD | {"train_decay": False}}},
+            "mine.yaml: teacher: train_decay=False would change nothing; .* to stage1, stage2, stage3",
+        ),
+        ({"stages": {"stage3": GOOD | {"reduction": "max"}}}, 'mine.yaml: stage3: reduction "max" is not known; use'),
         (
             {"stages": {"stage1": GOOD | {"warmup": 0.1, "warmup_steps": 0, "stable_steps": 1, "decay_steps": 0}}},
             "mine.yaml: stage1 gives warmup as a share and in steps; keep one",
@@ -111,6 +130,13 @@ def test_an_unknown_recipe() -> None:
         ({"accumulate": 0}, "accumulate=0 trains nothing"),
         ({"clip": 0}, "clip=0 trains nothing"),
         ({"save_steps": -1}, "save_steps=-1 is below 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0; 1 leaves the logits alone"),
+        ({"ce_weight": -0.5}, "ce_weight=-0.5 is below 0; use 0 to leave cross-entropy out"),
+        ({"all_tokens": "yes"}, 'all_tokens="yes" is text'),
+        (
+            {"all_tokens": True, "image_answer_tokens": 20},
+            "all_tokens gives every token a slot, and image_answer_tokens=20 only some; leave one out",
+        ),
         ({"lr": None}, "lr is empty; give it a value or leave it out"),
         (
             {"steps": 20, "warmup_steps": 2, "stable_steps": 10, "decay_steps": 4},
@@ -143,7 +169,7 @@ def test_the_papers_recipes() -> None:
     assert (linear.softmax_layers, hybrid.softmax_layers) == ((), tuple(range(0, 32, 4)))
     for loaded in (linear, hybrid):
         assert loaded.shape == Shape(num_layers=32, hidden_size=2048, tile_px=448)
-        assert (loaded.image_seqlen, loaded.max_tiles) == (8192, 12)
+        assert (loaded.image_seqlen, loaded.max_tiles, loaded.packed) == (8192, 12, True)
         assert {name: stage.lr for name, stage in loaded.stages.items()} == {
             "stage1": 1e-3,
             "stage2": 5e-4,
@@ -187,3 +213,27 @@ def test_what_a_checkpoint_is_compared_by() -> None:
     ]
     longer = replace(linear, stages=linear.stages | {"stage1": replace(linear.stages["stage1"], lr=1.0)})
     assert differences(facts, longer.facts("stage1")) == ["lr is 1.0, was 0.006"]
+
+
+def test_later_fields_change_facts_only_where_they_change_something() -> None:
+    """A checkpoint from before they came must go on."""
+    linear = Recipe.load("nano-linear")
+    facts = linear.facts("stage3")
+    assert not {"temperature", "ce_weight", "all_tokens", "reduction", "train_decay"} & facts.keys()
+    warm = replace(linear, stages={"stage3": replace(linear.stages["stage3"], temperature=2.0)})
+    assert differences(facts, warm.facts("stage3")) == ["temperature is 2.0, was None"]
+
+
+def test_the_references_objective_in_a_recipe() -> None:
+    linear = Recipe.load("nano-linear")
+    changed = linear.with_reference_objective()
+    assert changed.stages["stage3"].objective == Objective.reference() == Objective(all_tokens=True, reduction="sum")
+    assert changed.stages["stage3"].image_answer_tokens is None
+    assert {n: s for n, s in changed.stages.items() if n != "stage3"} == {
+        n: s for n, s in linear.stages.items() if n != "stage3"
+    }
+    with pytest.raises(ValueError, match="recipe nano-linear has no stage3; --all-tokens changes nothing else"):
+        replace(linear, stages={"stage1": linear.stages["stage1"]}).with_reference_objective()
+    warm = replace(linear, stages={"stage3": replace(linear.stages["stage3"], temperature=2.0)})
+    with pytest.raises(ValueError, match=r"has temperature=2\.0 in stage3, and --all-tokens asks for the reference's"):
+        warm.with_reference_objective()

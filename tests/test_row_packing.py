@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from distill.data.batches import Batch, Row, RowKind, Rows
 from distill.data.mixture import Mixture, open_sources
-from distill.data.packing import PackedBatch, PackedBatches, Packer, PackerState, Piece, Pieces, RowShape, pack
+from distill.data.packing import PackedBatch, Packer, PackerState, Piece, Pieces, RowShape, pack
 from distill.data.sample import Sample
 from distill.inputs import Inputs, prepare
 from distill.nano import nano_config
@@ -125,42 +122,15 @@ def test_a_stream_goes_on_where_it_stopped() -> None:
         assert (one.state, one.fill) == (two.state, two.fill)
 
 
-FIRST_TWO = ((0, 0), (1, 0), (0, 1), (1, 1))  # of each process: (stream, batch) in the order of its loader
-LAST_TWO = ((2, 0), (3, 0), (2, 1), (3, 1))
-
-
-def first_ids(stream: Any, count: int) -> list[list[int]]:
-    return [packed.input_ids[packed.is_real].tolist() for packed in itertools.islice(stream, count)]
-
-
-def test_workers_and_processes_share_no_sample() -> None:
-    seen = []
-    for rank in range(2):
-        dataset = PackedBatches(fetch, shape(96), rank=rank, world_size=2)
-        loaded = first_ids(DataLoader(dataset, batch_size=None, num_workers=2), 4)
-        assert loaded == first_ids(DataLoader(dataset, batch_size=None, num_workers=2), 4), "not repeatable"
-        seen += loaded
-    # Stream k of 4 packs the samples k, k + 4, ...; the loader takes its two workers in turn.
-    streams = [PackedBatches(lambda i, k=k: fetch(k + 4 * i), shape(96)) for k in range(4)]
-    wanted = [first_ids(stream, 2) for stream in streams]
-    assert seen == [wanted[stream][number] for stream, number in (*FIRST_TWO, *LAST_TWO)]
-    state = next(iter(PackedBatches(fetch, shape(96)))).state
-    assert first_ids(PackedBatches(fetch, shape(96), states=[state]), 1) == [
-        first_ids(PackedBatches(fetch, shape(96)), 2)[1]
-    ]
-    with pytest.raises(ValueError, match="made by 2 workers and is to go on with 1; use as many"):
-        next(iter(PackedBatches(fetch, shape(96), states=[state, state])))
-
-
 def test_pieces_of_padded_rows() -> None:
     ids, mask = np.arange(12), np.zeros(12, bool)
     mask[[4, 5, 8]] = True
-    tile = np.zeros((56, 56, 3), np.uint8)
+    tile = np.zeros((1, 56, 56, 3), np.uint8)
     cut = Piece.of(Row(ids, mask, tile))
     assert cut.input_ids.tolist() == list(range(9))
     assert cut.loss_mask.sum() == 3
     assert cut.num_tiles == 1
-    assert Piece.of(Row(ids, mask, np.stack([tile, tile]))).num_tiles == 2
+    assert Piece.of(Row(ids, mask, np.concatenate([tile, tile]))).num_tiles == 2
     assert Piece.of(Row(ids, mask, None)).num_tiles == 0
     with pytest.raises(ValueError, match="a row without anything to learn cannot be packed"):
         Piece.of(Row(ids, np.zeros(12, bool), None))
@@ -242,8 +212,6 @@ def test_what_is_refused() -> None:
         Packer(lambda i: piece(i, [20]), shape(16)).batch()
     with pytest.raises(ValueError, match="patience=0 must be 1 or more"):
         Packer(fetch, shape(), patience=0)
-    with pytest.raises(ValueError, match="rank=2 must be from 0 to below world_size=2"):
-        PackedBatches(fetch, shape(), rank=2, world_size=2)
     wrong = piece(1, [3, -4, 3])
     with pytest.raises(ValueError, match="a sample holds 4 image tokens, but its 0 tiles make 0"):
         pack([[Piece(wrong.input_ids, wrong.loss_mask, None)]], shape(), PackerState())

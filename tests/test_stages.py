@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config import StageConfig
+from distill import stages
+from distill.config import Recipe, StageConfig
 from distill.convert import fuse_
 from distill.data.batches import Batch, pixel_values
 from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
@@ -84,6 +86,38 @@ def test_the_stage_gives_the_references_sum_over_all_tokens(folder: str, kind: s
             loss = stage._loss(*hidden, inputs)
         wanted = golden_expected(folder)[case][f"stage3_kl_sum_{kind}"]
         assert float(loss.total) == float(loss.kl) == pytest.approx(wanted, rel=1e-5), case
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_all_tokens_of_a_recipe_are_the_references_sum(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the recipe, as `--all-tokens` changes it, to what a step logs and minimises."""
+    recipe = Recipe.load("nano-linear").with_reference_objective()
+    teacher, student = teacher_of("post"), load_model(GOLDEN / "post" / kind)
+    stage = stages.student_stage("stage3", teacher, student, recipe.stages["stage3"], compiled=False)
+    stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+    for case, tensors in golden_cases("post").items():
+        ids, tiles = tensors["input_ids"], tensors.get("pixel_values")
+        monkeypatch.setattr("distill.inputs.pixel_values", lambda pixels, tiles=tiles: tiles)  # not made from bytes
+        pixels = None if tiles is None else torch.zeros(len(tiles), 56, 56, 3, dtype=torch.uint8)
+        given = Batch(ids, torch.ones_like(ids, dtype=torch.bool), pixels, 0)
+        found = run_step(stage, [(1.0, given)])
+        wanted = golden_expected("post")[case][f"stage3_kl_sum_{kind}"]
+        assert float(found["text_kl" if pixels is None else "image_kl"]) == pytest.approx(wanted, rel=1e-5), case
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_a_stage_is_as_its_config_wants_it(name: str) -> None:
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post")
+    plain = StageConfig(steps=1, lr=1.0, image_batch=1, text_batch=0)
+    wanted = replace(plain, train_decay=False, **({"temperature": 2.0, "ce_weight": 0.5} if name == "stage3" else {}))
+    for config in (plain, wanted):
+        stage = stages.student_stage(name, teacher, student, config, compiled=False)
+        assert any("A_log" in parameter for parameter in stage.parameters()) == config.train_decay
+        assert any("vkq" in parameter for parameter in stage.parameters()) == (name != "stage1")
+        if isinstance(stage, LogitsStage):
+            assert stage.objective == config.objective
+            assert (stage.objective.temperature, stage.objective.ce_weight) == (config.temperature, config.ce_weight)
 
 
 def test_losses_by_hand() -> None:

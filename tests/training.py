@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.convert import make_student
 from distill.data.batches import Batch
 from distill.data.packing import PackedBatch, Piece
 from distill.distributed import FlatGradients
 from distill.inputs import prepare
+from distill.nano import nano_config
 from distill.runner import step_runner
 from distill.stages import LayerStage, LogitsStage, Stage
-from mmmamba.checkpoint import load_model
+from mmmamba.checkpoint import load_model, save_model
 from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba
 from tests.helpers import GOLDEN, IMAGE_ID, TILE_TOKENS, golden_config
@@ -77,3 +81,38 @@ def run_step(stage: Stage, batches: Sequence[tuple[float, Batch | PackedBatch]])
     every = stage.all_tokens
     prepared = [(weight, prepare(batch, stage.model.config, all_tokens=every)) for weight, batch in batches]
     return step_runner(stage, FlatGradients(stage.parameters().values()), graph=False)(prepared)
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tiny_config() -> ModelConfig:
+    config = nano_config()
+    return replace(
+        config,
+        embedding=replace(
+            config.embedding, **TINY, llm_hidden_size=32, image_size=56, num_hidden_layers=2, layer_types=()
+        ),
+        language=replace(config.language, **TINY, num_hidden_layers=2, layer_types=()),
+    )
+
+
+def save_tiny_teacher(path: Path, config: ModelConfig | None = None) -> Path:
+    """A teacher nobody trained, with the bundled tokenizer's ids."""
+    torch.manual_seed(0)
+    model = MMMamba(config or tiny_config())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_model(model, path)
+    return path
+
+
+def save_tiny_base(path: Path, *, vocab_size: int = 49_152) -> Path:
+    """A language model nobody trained, of the shape of the tiny teacher's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **TINY, num_hidden_layers=2, vocab_size=vocab_size, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=1e5
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path

@@ -122,9 +122,7 @@ def read_icons(path: Path, split: Split | None) -> list[Icon]:
     return icons
 
 
-def make_scene(
-    icons: Sequence[Icon], rng: random.Random, *, restyled: bool = False
-) -> tuple[IconScene, Image.Image]:
+def make_scene(icons: Sequence[Icon], rng: random.Random, *, restyled: bool = False) -> tuple[IconScene, Image.Image]:
     """A scene of these 1 to `MAX_ICONS` icons, anywhere or in a tidy row, and its picture (RGB, 224 x 224).
 
     Args: restyled: change most of the drawings, see `distill.data.restyle`.

@@ -18,8 +18,8 @@ _LAST_SHARE = 0.8  # of the pictures whose last question is for everything in th
 class Icons:
     """Endless pictures of icons with one to five questions each. A `Source`.
 
-    Split "train" is drawn in the styles that are trained on, changed at random, "val" in styles that are not. Neither shows a thing that
-    is never taught (`distill.data.unseen`).
+    Split "train" is drawn in the styles that are trained on, changed at random, "val" in styles that are not. Neither
+    shows a thing that is never taught (`distill.data.unseen`).
     """
 
     name = "icons"

@@ -27,7 +27,7 @@ from distill.data.sample import IMAGE_TAG, QA, Sample, Split, check_split, held_
 
 HELD_OUT_PERCENT = 2
 _MOST_TRIES = 1000  # lines drawn for one sample before the source is given up as unusable
-_SIDE_PX = 448  # a JPEG is decoded at no less than this, which is faster than all of it
+_SIDE_PX = 448  # a JPEG for one tile is decoded at no less than this, which is faster than all of it
 
 
 class UnusableError(ValueError):
@@ -54,7 +54,13 @@ class InternVL:
     """
 
     def __init__(
-        self, meta: str | Path, split: Split = "train", *, num_images: int | None = 1, name: str | None = None
+        self,
+        meta: str | Path,
+        split: Split = "train",
+        *,
+        num_images: int | None = 1,
+        name: str | None = None,
+        whole_pictures: bool = False,
     ) -> None:
         """
         Args:
@@ -62,12 +68,14 @@ class InternVL:
             num_images: only lines with as many images, since a batch holds the same number in every row (see `Rows`);
                 0: lines without; None: all.
             name: of the source and the task of its samples; the file's name without endings unless given.
+            whole_pictures: decode every picture in full, to be cut into tiles; else large JPEGs come smaller.
         Raises: ValueError for a meta file that cannot be read or is no such object, and if nothing can be used.
         """
         path = Path(meta)
         self.name = name or path.stem
         self.split = check_split(split)
         self.num_images = num_images
+        self.whole_pictures = whole_pictures
         self.skipped: Counter[str] = Counter()
         self.sets = []
         for key, entry in _read_meta(path).items():
@@ -102,7 +110,7 @@ class InternVL:
                 with chosen.annotation.open("rb") as file:
                     file.seek(offset)
                     names, system, turns = read_line(file.read(length))
-                images = [open_image(chosen.root / name) for name in names]
+                images = [open_image(chosen.root / name, whole=self.whole_pictures) for name in names]
             except (UnusableError, OSError) as error:
                 self.skipped[_reason(error)] += 1
                 continue
@@ -183,11 +191,15 @@ def conversation_sample(images: list[Image.Image], system: str | None, turns: tu
     return Sample(images[0], turns, task, tuple(images[1:]), placed=True, system=system)
 
 
-def open_image(data: Path | bytes) -> Image.Image:
-    """A picture in mode RGB, from a file or its bytes.  Raises: UnusableError if it is missing or broken."""
+def open_image(data: Path | bytes, *, whole: bool = False) -> Image.Image:
+    """A picture in mode RGB, from a file or its bytes; a large JPEG smaller unless `whole`.
+
+    Raises: UnusableError if it is missing or broken.
+    """
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        image.draft("RGB", (_SIDE_PX, _SIDE_PX))
+        if not whole:
+            image.draft("RGB", (_SIDE_PX, _SIDE_PX))
         return image.convert("RGB")
     except FileNotFoundError as error:
         raise UnusableError(f"image missing: {data!r}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -24,6 +25,7 @@ from distill.data.text import Conversations
 from distill.data.together import join
 from distill.data.unknown import Unknown
 
+T = TypeVar("T")
 _MOST_ATTEMPTS = 100
 
 
@@ -35,6 +37,7 @@ def open_sources(
     icons: str | Path | None = None,
     fonts: str | Path | None = None,
     text: Sequence[str | Path] = (),
+    whole_pictures: bool = False,
 ) -> list[tuple[Source, float]]:
     """The sources that a recipe names, with their weights, for `Mixture`.
 
@@ -47,6 +50,7 @@ def open_sources(
         icons: the file with icons and flags (see `distill.data.icons_pack`).
         fonts: a pack of fonts (see `distill.data.fonts_pack`), for "printed", "charts" and "digits".
         text: folders to look through, in order, for `NAME.jsonl.gz` and `NAME.jsonl`.
+        whole_pictures: decode a user's own pictures in full, to be cut into tiles.
     Raises: ValueError for a name that is neither, and as the sources do.
     """
     used = {name: weight for name, weight in weights.items() if weight}
@@ -57,7 +61,7 @@ def open_sources(
                 raise ValueError(f'the weights name "{name}"; say with {place}= where the {place} lie')
     sources = []
     for name, weight in used.items():
-        source = open_named(name, split, fonts=fonts, text=text)
+        source = open_named(name, split, fonts=fonts, text=text, whole_pictures=whole_pictures)
         if source is None:
             source = _open(name, split, photos, icons, text, "unknown" in used)
         sources.append((source, weight))
@@ -156,7 +160,7 @@ class Mixture(IterableDataset[Batch]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
-        self.joined = rows.num_images if joined else 1
+        self.joined = (rows.num_images or 1) if joined else 1
 
     def sample(self, index: int, attempt: int = 0) -> Sample:
         """Sample number `index` of the stream, of all the pictures of a row."""
@@ -200,9 +204,9 @@ class Mixture(IterableDataset[Batch]):
 
 
 def loader(
-    mixture: Mixture, *, num_workers: int, prefetch: int = 4, pin_memory: bool | None = None
-) -> DataLoader[Batch]:
-    """Batches of the mixture in order, made ahead of time in `num_workers` processes (0: in this one, when asked for).
+    mixture: IterableDataset[T], *, num_workers: int, prefetch: int = 4, pin_memory: bool | None = None
+) -> DataLoader[T]:
+    """Batches of a mixture in order, made ahead of time in `num_workers` processes (0: in this one, when asked for).
 
     A worker hands over whole batches, through shared memory: about batch_size * 150 KiB each at 224 px, of which up to
     `num_workers` * `prefetch` wait at a time.

@@ -7,14 +7,13 @@ nothing but the samples, and where the stream stands is a few numbers, so a run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from distill.data.batches import Row, RowKind, Rows
 from distill.data.sample import Sample
@@ -43,8 +42,7 @@ class Piece:
         if not len(learned):
             raise ValueError("a row without anything to learn cannot be packed; leave the sample out")
         length = int(learned[-1]) + 1
-        pixels = row.pixels if row.pixels is None or row.pixels.ndim == 4 else row.pixels[None]
-        return cls(row.input_ids[:length], row.loss_mask[:length], pixels)
+        return cls(row.input_ids[:length], row.loss_mask[:length], row.pixels)
 
     @property
     def num_tiles(self) -> int:
@@ -295,48 +293,3 @@ class Packer:
             unfit_run = 0
         self.state = PackerState(next_index, (*held, *coming))
         return pack([b.pieces for b in bins], self.shape, self.state, num_unfit)
-
-
-class PackedBatches(IterableDataset[PackedBatch]):
-    """An endless stream of packed batches, for a `DataLoader` with `batch_size=None`.
-
-    Processes that train together, and the loader's workers, take every n-th sample each, so that none is seen twice.
-    The stream is the same for the same numbers of both.
-
-    Args:
-        fetch, shape, patience: as `Packer` takes them.
-        rank, world_size: this process among those that train together.
-        states: of the workers, to go on where a run stopped: `state` of the last batch of each, in their order.
-    """
-
-    def __init__(
-        self,
-        fetch: Callable[[int], Piece | None],
-        shape: RowShape,
-        *,
-        patience: int = 16,
-        rank: int = 0,
-        world_size: int = 1,
-        states: Sequence[PackerState] = (),
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be from 0 to below world_size={world_size}")
-        self.fetch = fetch
-        self.shape = shape
-        self.patience = patience
-        self.rank = rank
-        self.world_size = world_size
-        self.states = tuple(states)
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if self.states and len(self.states) != workers:
-            raise ValueError(
-                f"the stream was made by {len(self.states)} workers and is to go on with {workers}; use as many"
-            )
-        first, step = self.rank * workers + number, self.world_size * workers
-        state = self.states[number] if self.states else PackerState()
-        packer = Packer(lambda index: self.fetch(first + index * step), self.shape, patience=self.patience, state=state)
-        while True:
-            yield packer.batch()

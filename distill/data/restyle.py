@@ -11,7 +11,7 @@ _OUTLINES = ((20, 20, 30), (60, 40, 30), (40, 50, 90), (255, 255, 255))
 
 
 def restyle(drawing: Image.Image, rng: random.Random) -> Image.Image:
-    """Other strength of colours, tint, flatness, outline and proportions; RGBA to RGBA, the colours' names unchanged."""
+    """Other strength of colours, tint, flatness, outline, proportions; RGBA to RGBA, colours keep their names."""
     if rng.random() < 0.5:
         drawing = _recolored(drawing, rng)
     if rng.random() < 0.35:

@@ -31,8 +31,8 @@ def join(samples: Sequence[Sample], rng: random.Random, *, chars: int) -> Sample
     for sample in samples:
         if len(sample.images) != 1 or sample.placed or sample.system is not None:
             raise ValueError(
-                f"a sample of {sample.task} has {len(sample.images)} pictures, places for them or a system message, and "
-                "cannot be joined with others; use one picture a row (pictures: 1)"
+                f"a sample of {sample.task} has {len(sample.images)} pictures, places for them or a system message, "
+                "and cannot be joined with others; use one picture a row (pictures: 1)"
             )
     kept = [_first_turns(sample.turns, chars) for sample in samples]
     if rng.random() < _AT_ONCE:

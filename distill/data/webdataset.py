@@ -57,15 +57,19 @@ class WebDataset:
     are the 2 % of records whose key hashes so.
     """
 
-    def __init__(self, path: str | Path, split: Split = "train", *, name: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, split: Split = "train", *, name: str | None = None, whole_pictures: bool = False
+    ) -> None:
         """
         Args:
             path: a tar file, a folder with tar files, or a pattern such as "shards/part-{0000..0012}.tar" or "*.tar".
             name: of the source and the task of its samples; the last part of the path without endings unless given.
+            whole_pictures: decode every picture in full, to be cut into tiles; else large JPEGs come smaller.
         Raises: ValueError if there are no shards or nothing in them can be used, with the reasons.
         """
         self.name = name or re.sub(r"[^\w-]+$", "", Path(path).name.removesuffix(".tar")) or "webdataset"
         self.split = check_split(split)
+        self.whole_pictures = whole_pictures
         self.skipped: Counter[str] = Counter()
         self.shards = _shards(str(path))
         self._records: list[_Record] = []
@@ -94,7 +98,7 @@ class WebDataset:
                 system, turns, caption = _read_text(record.text.suffix, text)
                 if caption:
                     turns = ((f"<image>\n{casual(rng, rng.choice(_CAPTION))}", caption),)
-                return conversation_sample([open_image(image)], system, turns, self.name)
+                return conversation_sample([open_image(image, whole=self.whole_pictures)], system, turns, self.name)
             except (UnusableError, OSError) as error:
                 self.skipped[str(error).split(":")[0] if isinstance(error, UnusableError) else "shard missing"] += 1
         raise ValueError(f"nothing of {self.name} can be used ({dict(self.skipped)}); make its shards again")
