@@ -50,8 +50,13 @@ def decoder_for(model: object, choice: Choice | None = None) -> FusedDecoder | N
     probe = model.language.norm.weight
     if choice == "plain" or (probe.device.type != "cuda" and choice != "fused"):
         return None
-    head, first = model.language.output, model.language.layers[0].get_submodule("mlp.w1")
-    key = (id(head), id(first), probe.data_ptr(), model.dtype, model.training, probe.requires_grad, choice)
+    head, first, last = model.language.output, model.language.layers[0], model.language.layers[-1]
+    # Weights that were moved, converted, packed or trained are others. (Decays are what is copied here: their version
+    # counts what an optimizer wrote.)
+    decays = getattr(last.mixer, "A_log", probe)
+    written = None if decays.is_inference() else decays._version
+    places = (id(head), id(first.get_submodule("mlp.w1")), probe.data_ptr(), decays.data_ptr())
+    key = (*places, model.dtype, model.training, probe.requires_grad, decays.requires_grad, written, choice)
     known = _chosen.get(model)
     if known is None or known[0] != key:
         _chosen.pop(model, None)  # frees its buffers before new ones are made
@@ -73,7 +78,7 @@ def _from_environment() -> Choice:
 
 def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
     """A decoder that was seen to agree with the plain path on a few tokens, or None with the reason."""
-    if model.training or model.language.norm.weight.requires_grad:
+    if model.training or any(p.requires_grad for p in model.parameters()):
         return None, "the model trains"
     if model.device.type != "cuda":
         return None, f"the model is on {model.device}"
