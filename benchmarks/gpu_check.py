@@ -41,7 +41,9 @@ from mmmamba.sampling import SamplingParams
 STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "shapes")
 TESTS = (
     "tests/test_kernels_decode.py",
+    "tests/test_kernels_many.py",
     "tests/test_kernels_sampler.py",
+    "tests/test_pointwise.py",
     "tests/test_decoder.py",
     "tests/test_decoder_cuda.py",
 )
