@@ -75,14 +75,14 @@ def plain_reply(model: MMMamba, state: DecodeState, logits: Tensor, num_tokens: 
     return reply
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "batch"), [*((kind, 1) for kind in KINDS), ("hybrid", 3), ("dynamic", 3)])
 def test_tokens_one_by_one(kind: str, batch: int) -> None:
     """Logits and states, from an empty state on and across the length where dynamic scaling begins."""
     model = make(kind)
     decoder = FusedDecoder(model)
     mine, want = model.new_state(batch), model.new_state(batch)
-    tokens = torch.randint(0, 40, (6, batch), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    length = 6 if kind == "dynamic" else 3  # enough to pass its 4 positions
+    tokens = torch.randint(0, 40, (length, batch), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     for token in tokens:
         expected = plain(model, token, want)
         assert decoder.fits(token, mine)
