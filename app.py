@@ -11,54 +11,97 @@ from pathlib import Path
 from typing import Any
 
 LIMITS = (
-    ("max-new-tokens", 1024, "longest answer that a visitor may ask for"),
-    ("max-images", 8, "images in one message"),
-    ("max-tiles", 12, "most tiles of one image that a visitor may ask for"),
-    ("max-text-chars", 8000, "characters in one message"),
-    ("max-waiting", 16, "messages that may wait for an answer"),
+    ("max-new-tokens", 1024, 1, "longest answer that a visitor may ask for"),
+    ("max-images", 8, 1, "images in one message"),
+    ("max-tiles", 12, 1, "most tiles of one image that a visitor may ask for"),
+    ("max-text-chars", 8000, 1, "characters in one message"),
+    ("max-context", 103_000, 1024, "tokens to which a visitor may grow the context"),
+    ("max-minutes", 30, 1, "minutes of reading for which a visitor may grow it, for each model"),
+    ("max-waiting", 16, 1, "messages that may wait for an answer"),
 )
 BUDGETS = (
     ("state-device-mib", "GPU memory for the states of all conversations; the oldest go to the computer's memory"),
     ("state-budget-mib", "memory for those states; the oldest go to disk"),
     ("state-disk-mib", "disk for those states; the oldest are let go and read again when asked for"),
 )
-EPILOG = "An environment variable sets the default of each of these: MMMAMBA_MAX_TILES that of --max-tiles, and so on."
+SWITCHES = (
+    ("no-teacher", "leave the comparison out"),
+    ("no-switch", "visitors may not load other models"),
+    ("open", "open the page in a browser, where there is a screen"),
+    ("share", "open a public gradio.live tunnel to this machine"),
+)
+EPILOG = (
+    "An environment variable sets the default of each of these: MMMAMBA_MAX_TILES=4 that of --max-tiles, "
+    "MMMAMBA_NO_TEACHER=1 that of --no-teacher, and so on; Spaces use them. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT "
+    "serve for --host and --port too."
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def variable(name: str) -> str:
+    """The environment variable that sets the default of --name."""
+    return "MMMAMBA_" + name.upper().replace("-", "_")
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags. Host and port default to Gradio's own environment variables, which Spaces set."""
     p = argparse.ArgumentParser(prog="app.py", description="Chat about images with mmMamba.", epilog=EPILOG)
 
-    def add(name: str, default: Any, help_text: str, **kwargs: Any) -> None:
-        default = os.environ.get("MMMAMBA_" + name.upper().replace("-", "_"), default)
-        shown = "" if default is None else f" (default: {default})"
-        p.add_argument(f"--{name}", default=default, help=help_text + shown, **kwargs)
+    def add(group: Any, name: str, default: Any, help_text: str, **kwargs: Any) -> None:
+        default = os.environ.get(variable(name)) or default
+        shown = "" if default is None or name == "auth" else f" (default: {default})"
+        group.add_argument(f"--{name}", default=default, help=help_text + shown, **kwargs)
 
-    add("model", "nano", "bundled name, checkpoint directory or hub id")
-    add("device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there')
-    add("dtype", "auto", "precision", choices=("auto", "float32", "bfloat16", "float16"))
-    add("host", os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), "address to listen on; 0.0.0.0 for all")
-    add("port", os.environ.get("GRADIO_SERVER_PORT"), "port; without it, the first free one from 7860", type=int)
-    for name, default, help_text in LIMITS:
-        add(name, default, help_text, type=int)
+    model = p.add_argument_group("model")
+    add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
+    add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
+    add(model, "dtype", "auto", "precision", choices=DTYPES)
+    teacher = "model to compare with, or several with commas; without it the known teacher of --model, if there is one"
+    add(model, "teacher", None, teacher, metavar="MODEL")
+    server = p.add_argument_group("server")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    add(server, "host", host, "address to listen on; 0.0.0.0 for all", metavar="ADDRESS")
+    port = os.environ.get("GRADIO_SERVER_PORT")
+    add(server, "port", port, "port; without it, the first free one from 7860", type=int, metavar="N")
+    auth = "ask for this name and password; also the key of /v1 (better in MMMAMBA_AUTH, where others do not see it)"
+    add(server, "auth", None, auth, metavar="USER:PASSWORD")
+    kept = "folder that keeps grown contexts, so that a later start need not read them again"
+    add(server, "contexts", None, kept, metavar="FOLDER")
+    likes = "keep thumbs up and down, with question and answer, in this file (JSONL); without it nothing is kept"
+    add(server, "likes", None, likes, metavar="FILE")
+    limits = p.add_argument_group("limits")
+    for name, most, _, help_text in LIMITS:
+        add(limits, name, most, help_text, type=int, metavar="N")
     for name, help_text in BUDGETS:
-        add(name, None, f"{help_text}; without it a quarter of what is free", type=int)
-    add("teacher", None, "model to compare with; without it the known teacher of --model, if there is one")
-    add("contexts", None, "folder that keeps grown contexts, so that a later start need not read them again")
-    p.add_argument("--no-teacher", action="store_true", help="leave the comparison out")
-    p.add_argument("--no-switch", action="store_true", help="visitors may not load other models")
-    p.add_argument("--open", action="store_true", help="open the page in a browser, where there is a screen")
-    p.add_argument("--share", action="store_true", help="open a public gradio.live tunnel to this machine")
+        add(limits, name, None, f"{help_text}; without it a quarter of what is free", type=int, metavar="MIB")
+    switches = p.add_argument_group("switches")
+    for name, help_text in SWITCHES:
+        on = os.environ.get(variable(name), "").strip().lower()
+        if on not in (*YES, *NO):
+            p.error(f"{variable(name)} is {on!r}; use 1 or 0")
+        about = argparse.BooleanOptionalAction if on in YES else "store_true"  # what a variable set can be unset
+        switches.add_argument(f"--{name}", action=about, default=on in YES, help=help_text)
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def read_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags and variables, checked. Ends the program with a sentence for what cannot be used."""
     p = parser()
     args = p.parse_args(argv)
-    for name, least in [(name, 1) for name, _, _ in LIMITS] + [(name, 0) for name, _ in BUDGETS]:
+    for name, least in [(name, least) for name, _, least, _ in LIMITS] + [(name, 0) for name, _ in BUDGETS]:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and value < least:
             p.error(f"--{name} is {value}; use {least} or more")
+    if args.dtype not in DTYPES:
+        p.error(f"--dtype is {args.dtype!r}; use one of {', '.join(DTYPES)}")
+    if args.auth is not None and not all(args.auth.partition(":")):
+        p.error("--auth is no USER:PASSWORD; put a colon between the two")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of torch leave the cores to the page
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -66,33 +109,52 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from app.chat import ChatStore
     from app.engine import Engine, Limits
+    from app.models import sides_of
     from app.states import Budget, StateStore
     from app.ui import PageOptions, build, launch_options
+    from app.zero import ZeroGPU, on_zero_gpu
 
     budgets = [getattr(args, name.replace("-", "_")) for name, _ in BUDGETS]
     states = StateStore(Budget(*(None if mib is None else mib << 20 for mib in budgets)))
+    # The package must be there before torch; models stay on the CPU and are moved by a worker of each call.
+    zero = ZeroGPU() if on_zero_gpu() else None
     engine = Engine(
         args.model,
-        args.device,
+        "cpu" if zero else args.device,
         args.dtype,
-        limits=Limits(args.max_text_chars, args.max_images, args.max_tiles, args.max_new_tokens),
+        limits=Limits(
+            args.max_text_chars,
+            args.max_images,
+            args.max_tiles,
+            args.max_new_tokens,
+            args.max_context,
+            args.max_minutes,
+        ),
         chats=ChatStore(states=states),
         max_waiting=args.max_waiting,
+        **({"loader": zero.load} if zero else {}),
     )
     # Without a screen `webbrowser` would start a text browser in this terminal.
     screen = sys.platform in ("darwin", "win32") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))
     # Loading a model is for the one whose machine this is: a page that others can reach does not offer it.
+    mine = args.host in ("127.0.0.1", "localhost", "::1") and not args.share
     page = PageOptions(
         teacher="" if args.no_teacher else args.teacher,
-        switch=args.host in ("127.0.0.1", "localhost", "::1") and not (args.no_switch or args.share),
+        switch=mine and not args.no_switch and not zero,
         contexts=Path(args.contexts) if args.contexts else None,
+        likes=Path(args.likes) if args.likes else None,
     )
+    if zero:
+        # Workers are forked from this process, with the models that are loaded by then.
+        for name in sides_of(engine.model, page.teacher):
+            engine.models.get(name)
     build(engine, page).launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
+        auth=tuple(args.auth.split(":", 1)) if args.auth else None,
         inbrowser=args.open and screen,
-        **launch_options(),
+        **launch_options(engine, [args.auth] if args.auth else []),
     )
 
 

@@ -16,6 +16,7 @@ from app.settings import Settings
 from app.states import Mover, State
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -147,15 +148,33 @@ def load_backend(
     import torch
 
     from mmmamba import load_model
-    from mmmamba.place import default_device, default_dtype
+    from mmmamba.place import default_dtype
 
-    where = default_device() if device == "auto" else torch.device(device)
+    where = usable_device(device)
     if where.type == "cpu":
         _leave_a_core()
     how = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
     share = [other.model for other in others if isinstance(other, MMMambaBackend)]
     loaded = load_model(model, device=where, dtype=how, progress=progress, share=share)
     return MMMambaBackend(loaded, model)
+
+
+def usable_device(device: Device) -> torch.device:
+    """The device that is meant.  Raises: ValueError if it is not here."""
+    import torch
+
+    from mmmamba.place import default_device
+
+    if device == "auto":
+        return default_device()
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'the device "{device}" is not known: start with --device cpu, cuda or cuda:1') from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        seen = f"torch sees {torch.cuda.device_count()} CUDA devices here"
+        raise ValueError(f'the device is "{device}", and {seen}: start with --device cpu')
+    return where
 
 
 @cache
@@ -271,7 +290,16 @@ class MMMambaBackend:
             greedy=settings.greedy,
         )
         inputs = ModelInputs(torch.tensor([ids]), torch.cat(list(tiles)) if tiles else None)
-        return stream(self.model, self.tokenizer, inputs, state, params, stop_token_ids=self.stop_ids, cancel=cancel)
+        return stream(
+            self.model,
+            self.tokenizer,
+            inputs,
+            state,
+            params,
+            stop_token_ids=self.stop_ids,
+            stop_strings=settings.stop,
+            cancel=cancel,
+        )
 
     def peak_memory(self) -> Callable[[], int]:
         from mmmamba.memory import current_memory_bytes, peak_memory_bytes, reset_peak_memory

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from app.sessions import Key, Sessions
 from app.states import Kept, StateStore
 
 FinishReason = Literal["stop", "length", "cancel"]
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -166,52 +164,15 @@ class Chat:
                 self.states.release(turn.snapshots.popitem()[1])
 
 
-class ChatStore:
-    """All conversations of the server, by key, the longest unused first. Their states share one budget (`states`)."""
+class ChatStore(Sessions[Chat]):
+    """All conversations of the server. Their states share one budget (`states`)."""
 
     def __init__(self, max_chats: int = 256, states: StateStore | None = None) -> None:
-        self.max_chats = max_chats
+        super().__init__(max_chats)
         self.states = StateStore() if states is None else states
-        self._chats: OrderedDict[Key, Chat] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._chats)
-
-    def get(self, key: Key) -> Chat | None:
-        with self._lock:
-            chat = self._chats.get(key)
-            if chat is not None:
-                self._chats.move_to_end(key)
-            return chat
 
     def new(self, key: Key) -> Chat:
         """An empty conversation under `key`; one that was there is stopped and freed."""
         chat = Chat(self.states)
         self.put(key, chat)
         return chat
-
-    def put(self, key: Key, chat: Chat) -> None:
-        """Have `chat` under `key`; one that was there is stopped and freed, and so are the longest unused ones beyond
-        the limit, if they are not being answered."""
-        with self._lock:
-            ended = [old] if (old := self._chats.pop(key, None)) else []
-            self._chats[key] = chat
-            for other in list(self._chats)[:-1]:
-                if len(self._chats) <= self.max_chats:
-                    break
-                if not self._chats[other].busy:
-                    ended.append(self._chats.pop(other))
-        for old in ended:
-            old.close()
-
-    def drop(self, key: Key) -> None:
-        with self._lock:
-            chat = self._chats.pop(key, None)
-        if chat is not None:
-            chat.close()
-
-
-def new_session_id() -> str:
-    """An id that cannot be guessed: whoever knows it can go on with the conversation."""
-    return secrets.token_urlsafe(16)

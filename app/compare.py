@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from app.chat import Chat
-from app.engine import Cancelled, Engine, Request
+from app.engine import Engine
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, MIN_GAP_S, STOP_GRACE_S, Reply
 from app.metrics import Agreement, Figures, Trace, agreement, figures, smooth
 from app.models import TEACHERS
 from app.settings import Settings
+from app.turns import Cancelled, Request
 
 KINDS = dict.fromkeys(TEACHERS.values(), "teacher") | {
     name: "hybrid" if name.endswith("hybrid") else "linear" for name in TEACHERS
@@ -59,9 +60,11 @@ class Comparison:
 
     @property
     def agreement(self) -> Agreement | None:
-        """Of the first two answers, once both are whole."""
+        """Of the first answer and the last one, once all are whole."""
         whole = [side.text for side in self.sides if side.stage == "done"]
-        return agreement(whole[0], whole[1]) if len(whole) > 1 else None
+        if any(side.stage not in ("done", "failed") for side in self.sides) or len(whole) < 2:
+            return None
+        return agreement(whole[0], whole[-1])
 
 
 class Compare:
@@ -71,6 +74,7 @@ class Compare:
         self.engine = engine
         self.chats = {name: Chat(engine.chats.states) for name in names}
         self.sides = {name: Side(Path(name).name, KINDS.get(name, "")) for name in names}
+        self.busy = False
         self._cancel = threading.Event()
         self._changed = threading.Condition()
 
@@ -82,13 +86,14 @@ class Compare:
 
         Raises: EngineError for a message over a limit. A fault of one model is told in its `note`.
         """
-        settings = self.engine.checked(text, images, settings)
+        settings = self.engine.limits.checked(text, images, settings)
         cancel = self._cancel = threading.Event()
         for name, side in self.sides.items():
             self.sides[name] = replace(side, stage="waiting", text="", note="", trace=None)
         ended = threading.Event()
         job = self.engine.submit(lambda: self._steps(text, tuple(images), settings, cancel, ended), owner=self)
         view = Comparison(text, tuple(images), ())
+        self.busy = True
         try:
             while True:
                 over = ended.wait(MIN_GAP_S)
@@ -105,6 +110,8 @@ class Compare:
                 if cancel.is_set() and (self.engine.lane.drop(job) or not ended.wait(STOP_GRACE_S)):
                     ended.set()  # a long prefill ends out of sight
         finally:
+            if cancel is self._cancel:
+                self.busy = False
             cancel.set()
             self.engine.lane.drop(job)
 
@@ -156,7 +163,7 @@ class Compare:
                     memory=thin((*before.memory, *watch.memory)),
                 )
 
-            self.engine.turn(backend, chat, request, settings, cancel, put)
+            self.engine.turns.answer(backend, chat, request, settings, cancel, put)
             self._show(cancel, name, stage="done")
         except Cancelled:
             self._show(cancel, name, stage="done")
@@ -181,7 +188,6 @@ class Watch:
     """Notes the moments of one answer as its replies come by."""
 
     started_s: float
-    first_s: float | None = None
     seen_s: list[float] = field(default_factory=list)
     contexts: list[int] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
@@ -190,8 +196,6 @@ class Watch:
     def see(self, reply: Reply, now_s: float) -> None:
         metrics = reply.metrics
         if metrics.num_tokens > self.last.metrics.num_tokens:
-            if self.first_s is None and metrics.ttft_ms is not None:
-                self.first_s = self.started_s + metrics.resumed.ms / 1e3 + metrics.ttft_ms / 1e3
             self.seen_s.append(now_s)
             self.contexts.append(metrics.text_tokens + metrics.image_tokens)
             self.memory.append((self.contexts[-1], metrics.recurrent_bytes + metrics.cache_bytes))
@@ -199,9 +203,8 @@ class Watch:
 
     @property
     def token_s(self) -> tuple[float, ...]:
-        """When each token was there. A reply comes by after its token was also fed back: at that moment the next one
-        is known, so a reply's time is that of the token after it."""
-        return () if self.first_s is None else (self.first_s, *self.seen_s[:-1])
+        """When each token was there: a reply comes by before its token is fed back."""
+        return tuple(self.seen_s)
 
     def trace(self, peak_bytes: int) -> Trace:
         metrics = self.last.metrics

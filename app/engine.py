@@ -10,36 +10,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from app.backend import DTYPES, Backend, Device, Dtype, Loader, ModelInfo, load_backend
-from app.chat import Chat, ChatStore, Metrics, Resumed, Turn
+from app.backend import DTYPES, Device, Dtype, Loader, ModelInfo, load_backend
+from app.chat import Chat, ChatStore
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, LoadStatus, Mailbox, Reply, follow
 from app.lane import Job, Lane, LaneFull, Run
 from app.models import Models, Need, memory_need
 from app.settings import Limits, Settings
 from app.states import State
+from app.turns import Cancelled, Request, Turns, open_image
 
 __all__ = ["Engine", "EngineError", "Limits", "LoadStatus", "Reply", "Settings"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A message to be answered after `parent` (None: at the beginning)."""
-
-    parent: Turn | None
-    text: str
-    images: tuple[str | Path, ...]
-
-
-class Cancelled(Exception):
-    """The cancel flag was set while a conversation was read again."""
 
 
 class Engine:
@@ -61,6 +48,7 @@ class Engine:
             raise ValueError(f'dtype "{dtype}" is not known; use one of {", ".join(DTYPES)}')
         self.limits = limits or Limits()
         self.chats = ChatStore() if chats is None else chats  # an empty store is falsy
+        self.turns = Turns(self.chats.states)
         self.models = Models(model, device, dtype, loader, need)
         self.lane = Lane(max_waiting)
 
@@ -103,7 +91,7 @@ class Engine:
                 stays as a branch.
         Raises: EngineError for anything that went wrong; `chat` is then as it was before.
         """
-        settings = self.checked(text, images, settings)
+        settings = self.limits.checked(text, images, settings)
         if not self.lane.idle:
             # Say it before a long wait; the pixels are not kept meanwhile.
             for i, image in enumerate(images):
@@ -126,7 +114,7 @@ class Engine:
     ) -> Iterator[Reply]:
         """Answer a message again, the last one or number `index`, with other words if `text` is given, from the state
         before it. The old answer stays as a branch. Like `reply` otherwise."""
-        settings = self.checked(text, (), settings)
+        settings = self.limits.checked(text, (), settings)
 
         def again() -> Request:
             turns = chat.turns
@@ -144,7 +132,7 @@ class Engine:
             return self.lane.submit(run, owner)
         except LaneFull:
             raise EngineError(
-                f"{self.lane.max_waiting} messages wait for an answer already. Try again in a minute."
+                f"{self.lane.max_waiting} messages wait for an answer already. Try again in a minute.", blame="busy"
             ) from None
 
     def run(self, work: Callable[[], T], timeout_s: float = 60.0) -> T:
@@ -166,7 +154,7 @@ class Engine:
 
         waiting = self.submit(job)
         if not ended.wait(timeout_s) and self.lane.drop(waiting):
-            raise EngineError("The answers of others take too long. Try again in a minute.")
+            raise EngineError("The answers of others take too long. Try again in a minute.", blame="busy")
         ended.wait()
         if errors:
             raise errors[0]
@@ -209,7 +197,7 @@ class Engine:
 
         def work() -> None:
             backend = self.models.get()
-            state, _ = self.state_after(backend, chat.head, threading.Event())
+            state, _ = self.turns.state_after(backend, chat.head, threading.Event())
             write(backend.info, state)
 
         self.run(work, timeout_s=600)
@@ -235,54 +223,6 @@ class Engine:
             return 1e3 * (time.monotonic() - started)
 
         return self.run(work)
-
-    def state_after(self, backend: Backend, turn: Turn | None, cancel: threading.Event) -> tuple[State, Resumed]:
-        """A state of the caller's own that has seen the conversation up to `turn`; runs in the lane.
-
-        The nearest snapshot is taken; turns after it that have none for this model are read, and keep one from then on.
-        Raises: EngineError if a picture of such a turn is gone; Cancelled.
-        """
-        started = time.monotonic()
-        path = turn.path if turn else []
-        store = self.chats.states
-        for at in range(len(path), -1, -1):
-            kept = path[at - 1].snapshots.get(backend.key) if at else None
-            state = store.take(kept) if kept else None
-            if state is not None:
-                break
-        else:
-            at, state = 0, backend.new_state()
-        for i in range(at, len(path)):
-            ids, tiles = self._encode(
-                backend, path[:i], path[i].text, path[i].images, path[i].max_tiles, path[0].system
-            )
-            if not backend.read(ids + backend.encode_reply(path[i].reply), tiles, state, cancel):
-                raise Cancelled
-            before = path[i - 1].snapshots.get(backend.key) if i else None
-            path[i].snapshots[backend.key] = store.keep(state, backend.mover, before)
-            state = state.fork()
-        return state, Resumed(len(path), 1e3 * (time.monotonic() - started), len(path) - at)
-
-    def checked(self, text: str | None, images: Sequence[str | Path], settings: Settings | None) -> Settings:
-        """`settings`, or the usual ones.  Raises: EngineError if the message is over a limit of this server."""
-        settings, limits = settings or Settings(), self.limits
-        for what, words in (("message", text), ("system prompt", settings.system)):
-            if words is not None and len(words) > limits.max_text_chars:
-                raise EngineError(
-                    f"The {what} has {len(words):,} characters; {limits.max_text_chars:,} fit. "
-                    f"{'Send it in parts.' if what == 'message' else 'Make it shorter.'}"
-                )
-        if text is not None and not text.strip():
-            raise EngineError("The message is empty. Type a question.")
-        if len(images) > limits.max_images:
-            raise EngineError(
-                f"The message has {len(images)} images; {limits.max_images} fit. Send the others with the next message."
-            )
-        for name in ("max_new_tokens", "max_tiles"):
-            value, limit = getattr(settings, name), getattr(limits, name)
-            if value > limit:
-                raise EngineError(f"{name} is {value}; this server allows up to {limit}.")
-        return settings
 
     def _answer(
         self, chat: Chat, request: Callable[[], Request], settings: Settings, cancel: threading.Event | None
@@ -310,107 +250,20 @@ class Engine:
         try:
             if cancel.is_set():
                 raise Cancelled
-            self.turn(self.models.get(), chat, request(), settings, cancel, mailbox.put)
+            self.turns.answer(self.models.get(), chat, request(), settings, cancel, mailbox.put)
         except Cancelled:
             mailbox.put(Reply(stage="done", finish_reason="cancel"))
         except EngineError as error:
             mailbox.put(error)
         except Exception as error:
             log.exception("an answer failed")
-            mailbox.put(EngineError(plain(error)))
+            mailbox.put(EngineError(plain(error), blame="server"))
         finally:
             if chat.closed:
                 chat.close()
-
-    def turn(
-        self,
-        backend: Backend,
-        chat: Chat,
-        request: Request,
-        settings: Settings,
-        cancel: threading.Event,
-        put: Callable[[Reply], None],
-    ) -> None:
-        """Answer with a model and commit the turn; runs in the lane. `put` gets a reply for every token and one with
-        stage "done".  Raises: what the model raises; `chat` is then as it was."""
-        put(Reply(stage="reading"))
-        parent = request.parent
-        state, resumed = self.state_after(backend, parent, cancel)
-        started = time.monotonic()
-        path = parent.path if parent else []
-        ids, tiles = self._encode(backend, path, request.text, request.images, settings.max_tiles, settings.system)
-        num_tiles = tuple(len(t) for t in tiles)
-        prepared_ms = 1000 * (time.monotonic() - started)
-        reply = Reply(stage="writing")
-        for event in backend.stream(ids, tiles, state, settings, cancel):
-            metrics = Metrics(
-                ttft_ms=None if event.ttft_ms is None else event.ttft_ms + prepared_ms,
-                tok_per_sec=event.tok_per_sec,
-                num_tokens=event.num_tokens,
-                num_tiles=sum(num_tiles),
-                text_tokens=state.num_text_tokens,
-                image_tokens=state.num_image_tokens,
-                state_bytes=state.nbytes,
-                recurrent_bytes=state.recurrent_nbytes,
-                cache_bytes=state.cache_nbytes,
-                image_tiles=num_tiles,
-                resumed=resumed,
-            )
-            reply = Reply(event.reply, "writing", metrics=metrics, finish_reason=event.finish_reason)
-            if event.finish_reason is None:
-                put(reply)
-        if reply.finish_reason is None:
-            raise RuntimeError("the model's stream ended without a finish_reason")
-        if reply.text or reply.finish_reason != "cancel":
-            turn = Turn(
-                request.text,
-                request.images,
-                reply.text,
-                reply.finish_reason,
-                reply.metrics,
-                None if parent else settings.system,
-                settings.max_tiles,
-                parent,
-            )
-            before = parent.snapshots.get(backend.key) if parent else None
-            turn.snapshots[backend.key] = self.chats.states.keep(state, backend.mover, before)
-            chat.commit(turn)
-        put(replace(reply, stage="done"))
-
-    def _encode(
-        self,
-        backend: Backend,
-        path: Sequence[Turn],
-        text: str,
-        images: Sequence[str | Path],
-        max_tiles: int,
-        system: str | None,
-    ) -> tuple[list[int], list[Any]]:
-        """Ids and tiles of a message that follows the turns of `path`."""
-        tiles = [backend.tile(open_image(image, i), max_tiles or None) for i, image in enumerate(images)]
-        ids = backend.encode(
-            text,
-            [len(t) for t in tiles],
-            first=not path,
-            images_before=sum(len(turn.images) for turn in path),
-            system=system if not path else None,
-        )
-        return ids, tiles
 
     def _load_quietly(self) -> None:
         try:
             self.models.get()
         except EngineError:
             log.warning("the model is not loaded; the next message tries again")
-
-
-def open_image(image: str | Path, index: int | None = None) -> Any:
-    """Decode an image. Raises: EngineError that names the file."""
-    from mmmamba.image import ImageError, load_image
-
-    name = Path(image).name
-    try:
-        return load_image(image)
-    except ImageError as error:
-        message = str(error).replace(str(image), name)
-        raise EngineError(message if name in message else f"{name}: {message}", image=index) from error

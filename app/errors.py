@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
+
+Blame = Literal["request", "busy", "server"]
 
 
 class EngineError(RuntimeError):
     """A fault in plain words: what came, what fits, what to do. Shown as it is, so it holds no server paths.
 
-    `image` is the index of the image that caused it, if one did.
+    `image` is the index of the image that caused it, if one did. `blame` says who can mend it: whoever asked, by asking
+    otherwise ("request") or later ("busy"), or whoever runs the server.
     """
 
-    def __init__(self, message: str, *, image: int | None = None) -> None:
+    def __init__(self, message: str, *, image: int | None = None, blame: Blame = "request") -> None:
         super().__init__(message)
         self.image = image
+        self.blame: Blame = blame
 
 
 def plain(error: Exception) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from app.backend import Backend, SweepPlan
-from app.engine import Engine, open_image
+from app.engine import Engine
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, STOP_GRACE_S
+from app.turns import open_image
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,15 @@ class Grow:
         Yields at least every 100 ms. Between two pieces of reading the messages of others are answered.
         Raises: EngineError for an image that cannot be read.
         """
+        limits = self.engine.limits
+        if not CONTEXTS[0] <= longest <= limits.max_context:
+            raise EngineError(
+                f"Up to {longest:,} tokens: this server grows contexts of {CONTEXTS[0]:,} to {limits.max_context:,}."
+            )
+        if not 0 < budget_s <= 60 * limits.max_minutes:
+            minutes = f"{budget_s / 60:g} minutes of reading"
+            raise EngineError(f"{minutes}: use more than 0; this server allows up to {limits.max_minutes:g}.")
         contexts = tuple(c for c in CONTEXTS if c <= longest)
-        if not contexts or budget_s <= 0:
-            raise EngineError(f"Up to {longest:,} tokens in {budget_s:g} s: use {CONTEXTS[0]:,} or more, above 0 s.")
         picture = None if image is None else open_image(image)
         cancel, ended = threading.Event(), threading.Event()
         self._cancel, self.growth = cancel, Growth()
@@ -94,7 +101,7 @@ class Grow:
             backends.append(self.engine.models.get(name))
             yield
         self._show(cancel, doing="measuring how fast memory is")
-        plan = replace(plan, **measured_machine(backends[0].info.device))
+        plan = replace(plan, **measured_machine(backends[0].mover.device))
         sweeps: list[Any] = [backend.sweep(plan) for backend in backends]
         self._show(cancel, predictions={sweep.name: sweep.prediction for sweep in sweeps})
         yield

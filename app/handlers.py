@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,13 @@ import gradio as gr
 
 from app import saving, views
 from app.boxes import draw_places, find_places
-from app.chat import Chat, Key, Metrics, Turn, new_session_id
-from app.engine import Engine, EngineError, Reply, Settings, open_image
+from app.chat import Chat, Metrics, Turn
+from app.engine import Engine, EngineError, Reply, Settings
+from app.likes import KEPT, Likes
 from app.options import Options
 from app.scratch import scratch_folder
+from app.sessions import Key
+from app.turns import open_image
 from app.video import Frames, pictures
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ def box_open(text: str | None = None, files: Sequence[str] | None = None) -> Any
 class Handlers:
     """Events of one page, over one engine. A tab's conversation is keyed by its session, so nothing travels twice."""
 
-    def __init__(self, engine: Engine, options: Options) -> None:
-        self.engine, self.options = engine, options
+    def __init__(self, engine: Engine, options: Options, likes: Likes | None = None) -> None:
+        self.engine, self.options, self.likes = engine, options, likes
         self._opened: set[Key] = set()  # tabs that had a conversation: without one now, the server let it go
 
     # Answers
@@ -198,6 +200,19 @@ class Handlers:
         chat.go_to(int(index))
         return self.everything(chat, gr.skip())
 
+    def like(self, liked: gr.LikeData, request: gr.Request) -> str:
+        """Keep a thumb; says so."""
+        assert self.likes is not None, "without a file there are no thumbs"
+        turns, index = self.chat_of(key_of(request)).turns, turn_index(liked.index)
+        if not 0 <= index < len(turns):
+            return ""
+        try:
+            self.likes.add(turns[index], liked.liked if isinstance(liked.liked, bool) else None, self.engine.info)
+        except OSError:
+            log.exception("a thumb could not be kept")
+            return views.notice("Your thumb could not be kept: the server's file cannot be written.")
+        return views.note(KEPT)
+
     def clear(self, request: gr.Request) -> Update:
         # What stands in the box stays: it may have been typed since the click.
         return self.everything(self.engine.chats.new(key_of(request)), box_open())
@@ -259,57 +274,6 @@ class Handlers:
             log.exception("switching the model failed")
             fault = UNEXPECTED
         yield gr.Button(interactive=True), self.status(), views.notice(fault)
-
-    # The endpoint
-
-    def chat(
-        self,
-        message: dict[str, Any] | None,
-        session_id: str = "",
-        temperature: float = 0.3,
-        top_p: float = 0.9,
-        max_new_tokens: float = 256,
-        max_tiles: float = 0,
-        greedy: bool = False,
-        seed: float | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Ask about images, or go on with a conversation; streams the answer.
-
-        Each update holds the whole answer so far: {"text", "finish_reason" (null until the last update, then "stop",
-        "length" or "cancel"), "metrics" ("ttft_ms", "tok_per_sec", "num_tokens", "num_tiles", "text_tokens",
-        "image_tokens", "state_bytes"), "session_id" (pass it with the next message to go on)}.
-        """
-        text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        chat: Chat | None = None
-        try:
-            settings = {
-                "temperature": temperature,
-                "top_p": top_p,
-                "max_new_tokens": max_new_tokens,
-                "max_tiles": max_tiles,
-                "greedy": greedy,
-                "seed": seed,
-            }
-            session_id = str(session_id or "").strip()
-            chat = self.engine.chats.get(("api", session_id)) if session_id else None
-            if session_id and chat is None:
-                raise EngineError(
-                    "This session_id is not known: it has ended or was unused for long. Leave it empty to start anew."
-                )
-            if chat is None:
-                session_id = new_session_id()
-                chat = self.engine.chats.new(("api", session_id))
-            for reply in self.engine.reply(chat, text, files, Settings.from_dict(settings)):
-                yield {
-                    "text": reply.text,
-                    "finish_reason": reply.finish_reason,
-                    "metrics": asdict(reply.metrics),
-                    "session_id": session_id,
-                }
-        except EngineError as error:
-            if chat is not None and not chat.turns:
-                self.engine.chats.drop(("api", session_id))
-            raise gr.Error(str(error), print_exception=False) from error
 
 
 def turn_index(index: int | tuple[int, ...] | list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -21,22 +22,24 @@ class LaneFull(RuntimeError):
 class Job:
     """A function waiting for, or running in, a lane. Its outcome travels by what the function itself writes.
 
-    A function that returns an iterator runs in steps; between two of them the others get their turns.
+    A function that returns an iterator runs in steps; between two of them the others get their turns. It runs in the
+    context (`contextvars`) of whoever submitted it: ZeroGPU finds there whose share of its GPUs the work takes.
     """
 
     def __init__(self, run: Run, owner: Hashable) -> None:
         self.run, self.owner = run, owner
         self.seconds = 0.0  # worked so far
         self._steps: Iterator[None] | None = None
+        self._context = contextvars.copy_context()
 
     def step(self) -> bool:
         """Work; True if there is more to do."""
         started = time.monotonic()
         try:
             if self._steps is None:
-                self._steps = self.run()
+                self._steps = self._context.run(self.run)
                 return self._steps is not None
-            next(self._steps)
+            self._context.run(next, self._steps)
             return True
         except StopIteration:
             return False

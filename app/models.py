@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.backend import Backend, Device, Dtype, Loader, ModelInfo
+from app.backend import Backend, Device, Dtype, Loader, ModelInfo, usable_device
 from app.errors import EngineError, plain, without_folders
 from app.follow import LoadStatus, Status
 
@@ -42,9 +42,9 @@ def memory_need(model: str, device: Device, dtype: Dtype) -> MemoryNeed:
     from mmmamba import cost
     from mmmamba.checkpoint import read_config, resolve_checkpoint
     from mmmamba.memory import free_memory_bytes
-    from mmmamba.place import default_device, default_dtype
+    from mmmamba.place import default_dtype
 
-    where = default_device() if device == "auto" else torch.device(device)
+    where = usable_device(device)
     size = (default_dtype(where) if dtype == "auto" else getattr(torch, dtype)).itemsize
     config = read_config(resolve_checkpoint(model, config_only=True))
     return MemoryNeed(cost.count_parameters(config).total * size, free_memory_bytes(where))
@@ -60,10 +60,12 @@ TEACHERS = {
 
 
 def sides_of(model: str, teacher: str | None) -> tuple[str, ...]:
-    """The models that one is compared with, itself first; `teacher` None is the known one, "" leaves it out."""
+    """The models that one is compared with, itself first; `teacher` None is the known one, "" leaves it out, several
+    have commas between them."""
     if teacher is None:
         teacher = TEACHERS.get(model, "")
-    return (model, teacher) if teacher and teacher != model else (model,)
+    named = (name.strip() for name in teacher.split(","))
+    return tuple(dict.fromkeys((model, *filter(None, named))))
 
 
 class Models(Status):
@@ -126,18 +128,22 @@ class Models(Status):
         try:
             if need is not None and not need.fits:
                 raise EngineError(
-                    f'"{name}" {need}: it does not fit. Choose a smaller model or precision, or close other programs.'
+                    f'"{name}" {need}: it does not fit. Choose a smaller model or precision, or close other programs.',
+                    blame="server",
                 )
             backend = self._loader(model, self.device, dtype, progress, tuple(self._loaded.values()))
         except EngineError as error:
             self._failed(str(error))
             raise
         except Exception as error:
-            log.exception("loading the model failed")
+            if isinstance(error, ValueError | OSError):
+                log.warning("the model is not loaded: %s", error)  # such a message says it all
+            else:
+                log.exception("loading the model failed")
             reason = str(error) if isinstance(error, OSError) else plain(error)
             note = f"could not be loaded: {without_folders(reason)}"
             self._failed(note)
-            raise EngineError(f'The model "{name}" {note}') from error
+            raise EngineError(f'The model "{name}" {note}', blame="server") from error
         self.status = LoadStatus("ready", 1.0, "")
         return backend
 

@@ -145,6 +145,8 @@ def _box(open_: bool, value: dict[str, Any] | None = None) -> Any:
 
 def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]], folder: Path) -> None:
     """The tab's components and their events. `examples`: (file in `folder`, question)."""
+    limits = panel.engine.limits
+    contexts, most = [c for c in CONTEXTS if c <= limits.max_context], max(0.5, limits.max_minutes)
     with gr.Row(elem_id="compare-ask"):
         box = gr.MultimodalTextbox(
             elem_id="compare-box",
@@ -170,14 +172,20 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
         gr.Markdown("## Grow the context")
         with gr.Row():
             longest = gr.Dropdown(
-                [(f"{c:,} tokens", c) for c in CONTEXTS],
-                value=CONTEXTS[1],
+                [(f"{c:,} tokens", c) for c in contexts],
+                value=contexts[min(1, len(contexts) - 1)],
                 label="Up to",
                 info="Longer takes longer to read",
                 elem_id="grow-longest",
             )
             minutes = gr.Slider(
-                0.5, 30, 3, step=0.5, label="Minutes of reading", info="At most, for each model", buttons=[]
+                0.5,
+                most,
+                min(3.0, most),
+                step=0.5,
+                label="Minutes of reading",
+                info="At most, for each model",
+                buttons=[],
             )
         with gr.Accordion("Repeat a picture instead of text alone", open=False):
             picture = gr.Image(

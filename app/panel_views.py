@@ -80,7 +80,7 @@ def _cells(f: Figures | None) -> tuple[str, ...]:
         "–" if f.tok_per_sec is None else f"{f.tok_per_sec:.1f}",
         mib(f.recurrent_bytes),
         mib(f.cache_bytes),
-        mib(f.peak_bytes),
+        mib(f.peak_bytes) if f.peak_bytes else "–",  # a model in another process shows none
         f"{f.text_tokens:,} + {f.image_tokens:,}",
     )
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import panel, views
+from app import endpoints, panel, views
 from app.backend import DTYPES
 from app.chat import Metrics
-from app.engine import Engine, Limits, Settings
+from app.engine import Engine
 from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.keeping import Keeping
+from app.likes import Likes
 from app.models import TEACHERS, sides_of
+from app.openai_api import OpenAIAPI
 from app.options import Options
 from app.theme import CSS_PATH, theme
 from app.video import EXTENSIONS
@@ -68,18 +71,20 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 @dataclass(frozen=True)
 class PageOptions:
     """What the page offers. `teacher` None is the known one of the model, "" leaves the comparison out; `switch` lets
-    visitors load other models for everybody; `contexts` keeps states of grown contexts for later starts."""
+    visitors load other models for everybody; `contexts` keeps states of grown contexts for later starts, `likes` thumbs
+    up and down (None: there are none)."""
 
     teacher: str | None = None
     switch: bool = True
     contexts: Path | None = None
+    likes: Path | None = None
 
 
 def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
     """The page over `engine`, not yet launched. Loads no model: that starts when a tab is opened."""
     page = page or PageOptions()
     options = Options(engine.limits)
-    handlers = Handlers(engine, options)
+    handlers = Handlers(engine, options, None if page.likes is None else Likes(page.likes))
     sides = sides_of(engine.model, page.teacher)
     with gr.Blocks(title="mmMamba", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         with gr.Row(elem_id="head"):
@@ -94,7 +99,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
                     panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
         demo.unload(handlers.forget)
         demo.unload(compare.forget)
-        _endpoint(handlers, engine.limits)
+        endpoints.layout(endpoints.Endpoints(engine, sides, page.contexts), engine.limits)
         timer = gr.Timer(0.5)
         timer.tick(handlers.tick, None, [status, timer], queue=False, **PRIVATE)
     demo.queue(max_size=64, default_concurrency_limit=24)
@@ -176,6 +181,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     ]
     for event in back:
         event.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    if page.likes is not None:
+        chat.like(handlers.like, None, notice, queue=False, **PRIVATE)
     use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
     demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
     demo.load(None, js=ON_LOAD, **PRIVATE)
@@ -238,33 +245,12 @@ def _add_picture(picture: str | None, message: dict[str, Any] | None) -> Any:
     return box_open(message.get("text") or "", [*(message.get("files") or []), picture])
 
 
-def _endpoint(handlers: Handlers, limits: Limits) -> None:
-    """`/chat` for scripts. Components of its own: they check the files' types and the numbers' ranges on the server."""
-    default = Settings()
-    hidden: dict[str, Any] = {"visible": False}
-    inputs = [
-        gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden),
-        gr.Textbox("", label="session_id", **hidden),
-        gr.Slider(0, 2, default.temperature, label="temperature", **hidden),
-        gr.Slider(0.01, 1, default.top_p, label="top_p", **hidden),
-        gr.Slider(
-            1,
-            limits.max_new_tokens,
-            min(default.max_new_tokens, limits.max_new_tokens),
-            label="max_new_tokens",
-            **hidden,
-        ),
-        gr.Slider(0, limits.max_tiles, default.max_tiles, label="max_tiles", **hidden),
-        gr.Checkbox(default.greedy, label="greedy", **hidden),
-        gr.Number(None, label="seed", **hidden),
-    ]
-    answer = gr.JSON(label="answer", **hidden)
-    gr.Button(**hidden).click(handlers.chat, inputs, answer, api_name="chat", api_visibility="public")
-
-
-def launch_options() -> dict[str, Any]:
-    """Arguments of `launch` that belong to the page rather than to the machine it runs on."""
+def launch_options(engine: Engine, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `launch` that belong to the page rather than to the machine it runs on. `keys` open OpenAI's routes;
+    without any they are open."""
     return {
+        "app_kwargs": {"routes": OpenAIAPI(engine, keys).routes()},
+        "ssr_mode": False,  # its server in front would not know these routes
         "theme": theme(),
         "css_paths": [CSS_PATH],
         "footer_links": ["api"],

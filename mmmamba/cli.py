@@ -1,4 +1,5 @@
-"""Command line: `python -m mmmamba chat` answers about images in a terminal or a pipe, `info` says what a model costs.
+"""Command line: `python -m mmmamba chat` answers about images in a terminal or a pipe, `batch` a file of questions,
+`info` says what a model costs.
 
 Answers go to stdout, everything else to stderr. Exit status: 0, 2 for what the user can mend (one sentence on stderr),
 130 when Ctrl-C ended the run, 141 when the reader of stdout went away.
@@ -17,16 +18,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
+from mmmamba.batch import Batch
 from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
 from mmmamba.info import DTYPES, info_record, info_text, readable_bytes
+from mmmamba.jsonl import Counts, answer_file, forget_errors, num_unanswered, read_questions
 from mmmamba.place import default_device, default_dtype
 
 DEFAULT_MODEL = "nano-linear"
@@ -45,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m mmmamba", description="Chat about images with a recurrent model.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{chat,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{chat,batch,info}")
 
     chat = commands.add_parser(
         "chat",
@@ -57,23 +61,27 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("question", nargs="?", default=None, help='what to ask; "-" reads all of stdin')
     _model_argument(chat, "--model")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="to ask about; may be repeated")
-    chat.add_argument("--system", default=None, help="system prompt instead of the model's own")
-    chat.add_argument("--max-tiles", type=int, default=None, metavar="N", help="tiles an image may be cut into")
-    chat.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    chat.add_argument(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
-    )
+    _answering_arguments(chat)
     chat.add_argument("--json", action="store_true", default=False, help="one JSON line an answer, nothing else")
-    sampling = chat.add_argument_group("sampling")
-    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token; ignores the seed")
-    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    sampling.add_argument("--temperature", type=float, metavar="T")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="0 is off")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
-    sampling.add_argument("--max-new-tokens", type=int, metavar="N")
     chat.set_defaults(run=run_chat)
+
+    batch = commands.add_parser(
+        "batch",
+        help="answer a file of questions",
+        description=(
+            'Answer questions from a JSONL file, several at once. A line: {"question": ..., "image": FILE, "id": ...}; '
+            'also "images", "system", "max_tiles", the sampling settings, and "extra", which comes back. An answer is '
+            "written as soon as it is whole, so that a run that was broken off goes on where it was."
+        ),
+        argument_default=argparse.SUPPRESS,
+    )
+    batch.add_argument("questions", type=Path, metavar="IN.jsonl", help="questions; their images are relative to it")
+    batch.add_argument("answers", type=Path, metavar="OUT.jsonl", help="answers; ids in it are not asked again")
+    _model_argument(batch, "--model")
+    _answering_arguments(batch)
+    batch.add_argument("--batch-size", type=int, default=8, metavar="N", help="answered together (8)")
+    batch.add_argument("--retry-errors", action="store_true", default=False, help="ask again what got an error")
+    batch.set_defaults(run=run_batch)
 
     info = commands.add_parser(
         "info", help="layers, parameters and bytes of a model", description="What a model costs."
@@ -85,6 +93,25 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=run_info)
     return parser
+
+
+def _answering_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked how, and where."""
+    parser.add_argument("--system", default=None, help="system prompt instead of the model's own")
+    parser.add_argument("--max-tiles", type=int, default=None, metavar="N", help="tiles an image may be cut into")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token; ignores the seed")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    sampling.add_argument("--temperature", type=float, metavar="T")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="0 is off")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+    sampling.add_argument("--max-new-tokens", type=int, metavar="N")
 
 
 def _model_argument(parser: argparse.ArgumentParser, name: str) -> None:
@@ -295,6 +322,27 @@ def _progress_bar() -> Iterator[Callable[[float, str], None]]:
     layout = "loading {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=1.0, bar_format=layout, leave=False, disable=None, file=sys.stderr) as bar:
         yield lambda fraction, what: bar.update(fraction - bar.n)
+
+
+# batch
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    """Answer what of a file of questions has no answer yet."""
+    lines = read_questions(args.questions, _sampling_params(args), system=args.system, max_tiles=args.max_tiles)
+    if args.retry_errors:
+        forget_errors(args.answers)
+    name = Path(args.model).name
+    todo = num_unanswered(lines, args.answers, name)
+    counts = Counts(0, 0, len(lines))
+    if todo:
+        conversation = _load_conversation(args, *_place(args))
+        batch = Batch(conversation.model, conversation.tokenizer, size=args.batch_size, plain=_plain_sentence)
+        with tqdm(total=todo, unit=" answers", disable=None, file=sys.stderr) as bar:
+            counts = answer_file(batch, lines, args.answers, name, bar.update)
+    told = f"{counts.answered} answered, {counts.errors} with an error, {counts.skipped} were there already"
+    print(f"mmmamba: {told}; {args.answers}", file=sys.stderr)
+    return 0
 
 
 # info

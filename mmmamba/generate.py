@@ -154,10 +154,11 @@ def stream(
 ) -> Iterator[StreamEvent]:
     """Read a prompt (batch 1) and yield the reply as it comes, one event a token and a last one with the reason.
 
-    Text is held back while it could be the beginning of a stop string or half a character. When the last event has
-    been yielded, or the generator is closed, `state` has seen the prompt and every token of the reply but the stop
-    token: the next turn goes on from there. (After a stop string it has also seen the tokens that spelled it. Cancelled
-    before the first token, it has seen a part of the prompt only: go back to a clone.)
+    Text is held back while it could be the beginning of a stop string or half a character. A token's event comes before
+    the token is fed back. When the last event has been yielded, or the generator is closed, `state` has seen the prompt
+    and every token of the reply but the stop token: the next turn goes on from there. (After a stop string it has also
+    seen the tokens that spelled it. Cancelled before the first token, it has seen a part of the prompt only: go back to
+    a clone.)
 
     Raises: ValueError if the batch is not 1, or from `prefill`.
     """
@@ -185,12 +186,12 @@ def stream(
         return StreamEvent(new, text.shown, len(history), ttft_ms, elapsed, rate, reason)
 
     reason: FinishReason = "length"
+    tick = time.perf_counter()
     try:
         while len(history) < params.max_new_tokens:
             if cancel is not None and cancel.is_set():
                 reason = "cancel"
                 break
-            tick = time.perf_counter()
             token_id = source.draw()
             if token_id in stops:
                 reason = "stop"
@@ -199,15 +200,17 @@ def stream(
             new = text.push(token_id)
             if ttft_ms is None:
                 ttft_ms = (time.perf_counter() - started) * 1e3
-            # Before the event goes out: a consumer that closes the generator there must find the state complete.
-            source.feed()
-            if len(history) > 1:
+            else:
                 decode_s += time.perf_counter() - tick
+            try:
+                yield event(new)  # seen at once; the token is fed back while it is being read
+            finally:
+                # Also when the generator is closed here: the state must have seen what was shown.
+                tick = time.perf_counter()
+                source.feed()
             if text.stopped:
                 reason = "stop"
-                yield event(new)
                 break
-            yield event(new)
     finally:
         source.close()
     yield event(text.flush(), reason)

@@ -155,10 +155,16 @@ class FakeBackend:
             time.sleep(self.word_s)
             if "[boom]" in text and len(said) == 2:
                 raise RuntimeError("a fault of the fake model in /srv/secret/place")
+            if word in settings.stop:
+                state.seen += (word,)
+                reason = "stop"
+                break
             said.append(word)
-            state.seen += (word,)
             rate = len(said) / max(time.monotonic() - started, 1e-6)
-            yield FakeEvent(" ".join(said), len(said), 12.0, rate)
+            try:
+                yield FakeEvent(" ".join(said), len(said), 12.0, rate)
+            finally:
+                state.seen += (word,)  # a word is fed back after it was shown
         yield FakeEvent(" ".join(said), len(said), 12.0 if said else None, rate if said else None, reason)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import socket
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ import httpx
 import pytest
 from fakes import STATE_BYTES, FakeLoader
 from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
+from gradio_client.exceptions import AppError, AuthenticationError
 
 from app import views
 from app.backend import ModelInfo
 from app.chat import Chat, Metrics, Resumed
 from app.engine import Engine, Limits, LoadStatus, Reply
 from app.handlers import turn_index
+from app.likes import Likes
 from app.options import Options
 from app.ui import EXAMPLES, EXAMPLES_DIR, PageOptions, build, launch_options
 
@@ -40,7 +39,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def demo(engine: Engine) -> Iterator[gr.Blocks]:
     blocks = build(engine)
-    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks
     blocks.close(verbose=False)
 
@@ -154,24 +153,6 @@ def test_cancel_keeps_a_whole_turn(client: Client, engine: Engine) -> None:
     assert chat.turns[1].finish_reason == "cancel"
     assert 5 < len(chat.turns[1].reply.split()) < 64
     assert ask(client, "two", session_id=session_id)[-1]["text"] == "turn 3 images 0: two"
-
-
-def test_only_chat_is_public(client: Client) -> None:
-    api = client.view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/chat"]
-    assert not api["unnamed_endpoints"]
-    parameters = [p["parameter_name"] for p in api["named_endpoints"]["/chat"]["parameters"]]
-    assert parameters == [
-        "message",
-        "session_id",
-        "temperature",
-        "top_p",
-        "max_new_tokens",
-        "max_tiles",
-        "greedy",
-        "seed",
-    ]
-    assert all(p["parameter_has_default"] for p in api["named_endpoints"]["/chat"]["parameters"][1:])
 
 
 # What the page shows
@@ -299,34 +280,84 @@ def test_importing_the_page_loads_no_torch() -> None:
     assert run.stdout.strip() == "False"
 
 
-def test_command_serves_a_real_model(tiny_dir: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--model", str(tiny_dir), "--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            client = connect(f"http://127.0.0.1:{port}", process)
-            final = ask(client, "What is it?", PYRAMID, max_new_tokens=4, max_tiles=1, greedy=True)[-1]
-            assert final["metrics"]["image_tokens"] == 4, "the tiny model has 4 tokens a tile"
-            assert final["finish_reason"] in ("stop", "length")
-            again = ask(client, "And now?", session_id=final["session_id"], max_new_tokens=4, greedy=True)[-1]
-            assert again["metrics"]["state_bytes"] == final["metrics"]["state_bytes"]
-        finally:
-            process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=15)[0]
-    assert "Traceback" not in output
+def test_every_flag_has_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spaces have no command line."""
+    command = load_command()
+    values = {"dtype": "bfloat16", "auth": "me:secret", "port": "8001", "host": "0.0.0.0"}
+    numbers = {name: str(least + 7) for name, _, least, _ in command.LIMITS}
+    numbers |= {name: str(i + 9) for i, (name, _) in enumerate(command.BUDGETS)}
+    switches = dict.fromkeys((name for name, _ in command.SWITCHES), "1")
+    texts = dict.fromkeys(("model", "device", "teacher", "contexts", "likes"), "x")
+    given = values | numbers | switches | texts
+    flags = {action.dest.replace("_", "-") for action in command.parser()._actions} - {"help"}
+    assert set(given) == flags, "say here what the new flag takes"
+    for name, value in given.items():
+        monkeypatch.setenv(command.variable(name), value)
+    args = command.read_args([])
+    for name in flags:
+        got = getattr(args, name.replace("-", "_"))
+        assert got == (True if name in switches else int(given[name]) if name in (*numbers, "port") else given[name])
+    assert "secret" not in command.parser().format_help()
+    args = command.read_args(["--no-share", "--port", "9000", "--dtype", "auto"])
+    assert (args.share, args.port, args.dtype) == (False, 9000, "auto"), "a flag comes before a variable"
 
 
-def connect(url: str, process: subprocess.Popen[str], seconds: float = 60.0) -> Client:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return Client(url, download_files=False, verbose=False)
-        except httpx.ConnectError:
-            assert process.poll() is None, "app.py ended"
-            assert time.monotonic() < deadline, "app.py does not answer"
-            time.sleep(0.2)
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("MMMAMBA_SHARE", "maybe", "MMMAMBA_SHARE is 'maybe'; use 1 or 0"),
+        ("MMMAMBA_MAX_TILES", "many", "--max-tiles: invalid int value: 'many'"),
+        ("MMMAMBA_MAX_TILES", "0", "--max-tiles is 0; use 1 or more"),
+        ("MMMAMBA_MAX_CONTEXT", "100", "--max-context is 100; use 1024 or more"),
+        ("MMMAMBA_DTYPE", "float8", "--dtype is 'float8'; use one of auto"),
+        ("MMMAMBA_AUTH", "secret", "--auth is no USER:PASSWORD"),
+    ],
+)
+def test_variables_are_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        load_command().read_args([])
+    error = capsys.readouterr().err
+    assert says in error
+    assert "secret" not in error
+
+
+def test_the_page_asks_for_name_and_password() -> None:
+    engine = Engine("fake", loader=FakeLoader(), limits=LIMITS)
+    blocks = build(engine)
+    blocks.launch(prevent_thread_lock=True, quiet=True, auth=("me", "secret"), **launch_options(engine, ["me:secret"]))
+    try:
+        with pytest.raises(AuthenticationError):
+            Client(blocks.local_url, download_files=False, verbose=False)
+        known = Client(blocks.local_url, download_files=False, verbose=False, auth=("me", "secret"))
+        assert ask(known, "x")[-1]["text"] == "turn 1 images 0: x"
+        assert httpx.get(f"{blocks.local_url}v1/models").status_code == 401
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_thumbs_are_kept_only_where_that_is_switched_on(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "likes.jsonl"
+    engine = Engine("fake", loader=FakeLoader())
+    chat = engine.chats.new(("tab", "a"))
+    list(engine.reply(chat, "one", [PYRAMID]))
+    likes = Likes(path)
+    likes.add(chat.turns[0], True, engine.info)
+    likes.add(chat.turns[0], None, engine.info)
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert (first["liked"], second["liked"]) == (True, None)
+    assert (first["model"], first["turn"], first["images"]) == ("fake", 1, 1)
+    assert (first["question"], first["answer"]) == ("one", "turn 1 images 1: one")
+    assert str(PYRAMID) not in path.read_text()
+
+    def events(page: PageOptions) -> set[str]:
+        config = build(Engine("fake", loader=FakeLoader()), page).config
+        return {name for dependency in config["dependencies"] for _, name in dependency["targets"]}
+
+    assert "like" in events(PageOptions(likes=path))
+    assert "like" not in events(PageOptions())
 
 
 def test_help_is_quick_and_complete() -> None:

@@ -27,9 +27,15 @@ WORD_S = 0.02
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    blocks = build(Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5)), PageOptions(teacher="fake-teacher"))
-    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+def likes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("likes") / "likes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(likes: Path) -> Iterator[str]:
+    engine = Engine("fake", loader=FakeLoader(WORD_S, load_s=0.5))
+    blocks = build(engine, PageOptions(teacher="fake-teacher", likes=likes))
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url
     blocks.close(verbose=False)
 
@@ -178,8 +184,13 @@ def test_retry_answers_again_with_other_settings(page: Page) -> None:
     bot(page, "turn 1 images 0: hello")
     unlocked(page)
     page.click("#settings > button")
-    page.fill("#settings input[type=number] >> nth=0", "1.5")
-    page.press("#settings input[type=number] >> nth=0", "Tab")
+    slider = page.locator("#settings input[type=range]").first
+    for _ in range(20):  # what is typed while Gradio still mounts what was folded away is lost
+        page.fill("#settings input[type=number] >> nth=0", "1.5")
+        page.press("#settings input[type=number] >> nth=0", "Tab")
+        page.wait_for_timeout(200)
+        if slider.input_value() == "1.5":
+            break
     page.click("#chat button[aria-label=Retry]")
     bot(page, "turn 1 images 0: hello (hot)")
     unlocked(page)
@@ -218,6 +229,17 @@ def test_examples_ask_at_a_click_but_not_into_an_answer(page: Page) -> None:
     page.click(STOP)
     unlocked(page)
     assert len(bubbles(page, "bot")) == 2
+
+
+def test_a_thumb_is_kept_and_that_is_said(page: Page, likes: Path) -> None:
+    ask(page, "hello thumb")
+    bot(page, "turn 1 images 0: hello thumb")
+    unlocked(page)
+    page.click("#chat button[aria-label=Like]")
+    page.wait_for_selector("#notice:has-text('Kept on this server')")
+    (line,) = likes.read_text().splitlines()
+    assert '"liked": true' in line
+    assert '"question": "hello thumb"' in line
 
 
 def test_picture_alone_gets_a_question(page: Page) -> None:

@@ -149,6 +149,13 @@ def test_which_models_stand_side_by_side() -> None:
     assert sides_of("nano", "") == ("nano",)
     assert sides_of("/srv/mine", None) == ("/srv/mine",)
     assert sides_of("/srv/mine", "/srv/other") == ("/srv/mine", "/srv/other")
+    assert sides_of("a", "b, c,a") == ("a", "b", "c")
+
+
+def test_three_answer_in_turn() -> None:
+    final = last(Compare(engine_of(), ("fake", "fake-hybrid", "fake-teacher")).ask("what is this"))
+    assert [side.text for side in final.sides] == ["turn 1 images 0: what is this"] * 3
+    assert final.agreement is not None
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:
@@ -226,7 +233,9 @@ def test_messages_are_answered_while_the_context_grows() -> None:
 
 def test_growth_of_a_model_that_cannot_be_loaded_is_told() -> None:
     assert "cut short" in last(Grow(engine_of(), ("broken",)).run()).error
-    with pytest.raises(EngineError, match="use 1,024 or more"):
+    with pytest.raises(EngineError, match="31 minutes of reading"):
+        last(Grow(engine_of(), NAMES).run(4096, 31 * 60))
+    with pytest.raises(EngineError, match="100 tokens: this server grows contexts of 1,024 to 103,000"):
         last(Grow(engine_of(), NAMES).run(100))
 
 

@@ -296,6 +296,7 @@ def test_the_state_has_seen_the_prompt_and_what_was_shown(kind: str, how: str) -
             events.close()
             break
         if event.num_tokens == 4 and how == "drop":
+            del events
             break
         if event.num_tokens == 4 and how == "cancel":
             cancel.set()
@@ -387,6 +388,20 @@ def test_seeds() -> None:
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
     greedy = {reply(greedy=True, seed=seed) for seed in (None, 1, 2)} | {reply(temperature=0.0, seed=3)}
     assert len(greedy) == 1
+
+
+def test_a_token_is_shown_before_it_is_fed_back() -> None:
+    """Nobody waits for a forward pass to see a token that is known; a closed stream still feeds it."""
+    model: Any = ScriptedModel([0, 1, 0])
+    params = SamplingParams(greedy=True, max_new_tokens=3)
+    inputs = ModelInputs(torch.tensor([[1]]))
+    events = stream(model, PieceTokenizer([b"a", b"b"]), inputs, model.new_state(), params, stop_token_ids=())
+    assert next(events).reply == "a"
+    assert model.read == [1]
+    assert next(events).reply == "ab"
+    assert model.read == [1, 0]
+    events.close()
+    assert model.read == [1, 0, 1]
 
 
 def test_time_between_events_is_the_consumers(monkeypatch: pytest.MonkeyPatch) -> None:

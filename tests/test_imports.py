@@ -51,7 +51,9 @@ BESIDE = {
     "talk": {"config", "prompt", "tokenizer"},
     "chart": set(),
     "sweep": {"chart", "config", "cost", "generate", "memory", "model", "prompt", "state", "talk", "tokenizer"},
-    "cli": {"checkpoint", "conversation", "generate", "image", "info", "place"},
+    "batch": {"generate", "image", "model", "prompt", "state", "tokenizer"},
+    "jsonl": {"batch", "generate"},
+    "cli": {"batch", "checkpoint", "conversation", "generate", "image", "info", "jsonl", "place"},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "config", "conversation", "generate", "model", "state"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -109,3 +110,23 @@ def test_nothing_is_promised_before_anything_is_known() -> None:
     gate = Gate()
     assert gate.lane.wait_s(gate.put("x")) is None
     gate.open()
+
+
+def test_work_runs_in_the_context_of_whoever_gave_it() -> None:
+    """Also its later steps: ZeroGPU finds there whose request it is."""
+    visitor: ContextVar[str] = ContextVar("visitor", default="nobody")
+    seen: list[str] = []
+    ended = threading.Event()
+
+    def steps() -> Iterator[None]:
+        for _ in range(2):
+            seen.append(visitor.get())
+            yield
+        ended.set()
+
+    lane = Lane()
+    visitor.set("me")
+    lane.submit(steps)
+    visitor.set("another")
+    assert ended.wait(10)
+    assert seen == ["me", "me"]

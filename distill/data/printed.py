@@ -49,6 +49,7 @@ class Printed:
 
     name = "printed"
     min_px: ClassVar[dict[Split, int]] = MIN_PX
+    made_up: ClassVar[float] = 0.1  # of the words
 
     def __init__(self, split: Split = "train", *, fonts: str | Path | Fonts | None) -> None:
         """
@@ -61,7 +62,7 @@ class Printed:
                 "printed text needs fonts; pass fonts= with the file that python -m distill.data.fonts_pack makes"
             )
         self.split = check_split(split)
-        self.press = Press(Words(split), open_fonts(fonts, split), self.min_px[split])
+        self.press = Press(Words(split, made_up=self.made_up), open_fonts(fonts, split), self.min_px[split])
 
     def page(self, seed: int, index: int, attempt: int = 0) -> tuple[Page, tuple[QA, ...]]:
         """The page and the questions behind `sample`."""
@@ -103,6 +104,7 @@ class LargePrint(Printed):
 
     name = "large_print"
     min_px: ClassVar[dict[Split, int]] = {"train": 26, "val": 26}
+    made_up: ClassVar[float] = 0.5
 
     def page(self, seed: int, index: int, attempt: int = 0) -> tuple[Page, tuple[QA, ...]]:
         rng = rng_for(self.name, self.split, seed, index, attempt)

@@ -61,11 +61,15 @@ def ordinary_words() -> tuple[str, ...]:
 
 
 class Words:
-    """Everything that may be printed for one split, to be drawn from."""
+    """Everything that may be printed for one split, to be drawn from.
 
-    def __init__(self, split: Split) -> None:
+    Args: made_up: share of what `word` gives that are no words. The more, the less can be guessed instead of read.
+    """
+
+    def __init__(self, split: Split, *, made_up: float = 0.1) -> None:
         """Raises: ValueError if `split` is neither "train" (nothing held out) nor "val" (only what is held out)."""
         self.split = check_split(split)
+        self.made_up = made_up
         listed = {name: self._allowed(words) for name, words in listed_words().items()}
         self.first_names, self.last_names, self.cities = (listed[n] for n in ("first names", "last names", "cities"))
         self.goods, self.jobs, self.shops, self.signs = (listed[n] for n in ("goods", "jobs", "shops", "signs"))
@@ -114,14 +118,14 @@ class Words:
 
     def word(self, rng: random.Random) -> str:
         """Mostly an ordinary word, lower case; now and then a name, a number, or a made-up word."""
+        if rng.random() < self.made_up:
+            return self._whole(rng, "made-up")
         roll = rng.random()
-        if roll < 0.72:
+        if roll < 0.8:
             return rng.choice(self.plain)
-        if roll < 0.82:
+        if roll < 0.91:
             return rng.choice(rng.choice((self.first_names, self.last_names, self.cities)))
-        if roll < 0.9:
-            return self._whole(rng, rng.choice(("number", "number", "code", "time", "date", "price")))
-        return self._whole(rng, "made-up")
+        return self._whole(rng, rng.choice(("number", "number", "code", "time", "date", "price")))
 
 
 def _made_up(rng: random.Random) -> str:

@@ -1,0 +1,92 @@
+"""Record the comparison as a moving picture for the documentation, as it runs, with a real model in headless Chromium.
+
+    python docs/record.py [--model nano] [--device cpu] [--out docs/compare.gif]
+
+Five questions to both models; time in the picture is time as it was, waits for loading left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from screenshots import ROOT, open_page, server
+
+WIDTH, HEIGHT = 1000, 1160
+SHOWN_WIDTH = 720
+GAP_S = 0.25  # between two pictures
+COLOURS = 96
+QUESTIONS = (
+    "#compare-scene",
+    "How many triangles are there?",
+    "Which shape is left of the star?",
+    "Are there more squares than circles?",
+    "Describe the picture.",
+)
+END_S = 3.0
+
+
+def ask(page: Page, question: str) -> list[tuple[float, Image.Image]]:
+    """(seconds, picture) while both models answer, from the click on."""
+    if question.startswith("#"):
+        page.click(question)
+    else:
+        page.fill("#compare-box textarea", question)
+        page.press("#compare-box textarea", "Enter")
+    frames = []
+    answering = True
+    while answering:
+        # Looked at first: the last picture shows the end.
+        answering = not frames or page.locator("#compare-box .stop-button").count() > 0
+        frames.append((time.perf_counter(), Image.open(io.BytesIO(page.screenshot()))))
+        page.wait_for_timeout(1000 * GAP_S)
+    return frames
+
+
+def save(frames: list[tuple[float, Image.Image]], path: Path) -> None:
+    """As a GIF of one palette; equal pictures in a row are one that stays."""
+    height = round(SHOWN_WIDTH * HEIGHT / WIDTH)
+    small = [image.convert("RGB").resize((SHOWN_WIDTH, height), Image.Resampling.LANCZOS) for _, image in frames]
+    palette = small[-1].quantize(COLOURS)
+    pictures = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in small]
+    times = [seconds for seconds, _ in frames]
+    durations = [round(1000 * (after - before)) for before, after in itertools.pairwise(times)]
+    durations.append(round(1000 * END_S))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Record the comparison as a moving picture.")
+    p.add_argument("--model", default="nano")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--out", type=Path, default=ROOT / "docs" / "compare.gif")
+    args = p.parse_args()
+    flags = ["--model", args.model, "--device", args.device, "--max-new-tokens", "64"]
+    with server(flags) as url, sync_playwright() as playwright:
+        chromium = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        warm, _ = open_page(browser, url, "light", WIDTH, HEIGHT)
+        warm.click("#compare-tab-button")
+        ask(warm, QUESTIONS[0])  # loads the teacher too
+        warm.close()
+        page, _ = open_page(browser, url, "light", WIDTH, HEIGHT)
+        page.click("#compare-tab-button")
+        page.wait_for_timeout(500)
+        frames: list[tuple[float, Image.Image]] = []
+        for question in QUESTIONS:
+            shift = time.perf_counter() - (frames[-1][0] + 1.0) if frames else 0.0  # a second to look between two
+            frames += [(seconds - shift, image) for seconds, image in ask(page, question)]
+        browser.close()
+    save(frames, args.out)
+    lasted = frames[-1][0] - frames[0][0]
+    print(f"{args.out}: {len(frames)} pictures, {lasted:.0f} s, {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
