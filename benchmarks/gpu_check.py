@@ -167,12 +167,15 @@ def _compare(run: Run, name: str, size: str, kind: Kind, layers: tuple[int, int]
     run.keep("agree", model=name, image_in_pieces_error=image_error)
     run.check(image_error <= 4 * allowed, f"{name}: error after an image in pieces {image_error:.3g}")
 
+    started = time.perf_counter()
     session = decoder.open([model.new_state()], [SamplingParams(greedy=True)])
     session.begin(reference[:1])
     said = []
+    captured_s = 0.0
     for _ in range(TOKENS):
         session.advance()
         said += session.take()
+        captured_s = captured_s or time.perf_counter() - started
     session.close()
     seen = torch.tensor([said], device=device)
     with prefill.plain(reference_model):
@@ -180,7 +183,7 @@ def _compare(run: Run, name: str, size: str, kind: Kind, layers: tuple[int, int]
     # Greedy tokens are the likeliest of the reference but for ties that rounding decides.
     chosen = logits[:-1].gather(1, seen[0, 1:, None])[:, 0]
     gap = float(((logits[:-1].amax(dim=1) - chosen) / logits.std()).max())
-    run.keep("agree", model=name, greedy_tokens=len(said), largest_gap_in_std=gap)
+    run.keep("agree", model=name, greedy_tokens=len(said), largest_gap_in_std=gap, captured_s=captured_s)
     run.check(gap <= 20 * max(noise, 1e-3), f"{name}: a greedy token is {gap:.3g} standard deviations below the best")
 
 

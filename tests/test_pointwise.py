@@ -88,3 +88,10 @@ def test_where_torch_is_taken() -> None:
     with torch.inference_mode():
         assert (fused_ops(x) is not None) == x.is_cuda
         assert fused_ops(x.double()) is None
+
+
+def test_the_look_that_is_taken_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pointwise.disagreement(DEVICE) < 1e-5
+    real = pointwise.swiglu
+    monkeypatch.setattr(pointwise, "swiglu", lambda a, b: real(a, b) * 1.1)
+    assert pointwise.disagreement(DEVICE) > 1e-2

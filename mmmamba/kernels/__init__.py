@@ -35,6 +35,7 @@ ScanFn = Callable[..., tuple[Tensor, Tensor]]
 
 # In the environment: "plain" has prompts read and tokens decoded by torch's operators and the chunk scan alone.
 SWITCH = "MMMAMBA_DECODER"
+MAX_DIFFERENCE = 1e-3  # of fused operators from torch in float32: rounding is below 1e-5, a wrong kernel about 1
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,21 @@ def fused_ops(x: Tensor) -> FusedOps | None:
     inference mode, for float64, under autocast or a compiler, and where the environment says so."""
     if not infers_on_cuda(x) or x.dtype == torch.float64 or torch.is_autocast_enabled("cuda"):
         return None
-    return None if os.environ.get(SWITCH) == "plain" else _load_pointwise()
+    return None if os.environ.get(SWITCH) == "plain" else _load_pointwise(x.device)
 
 
 @cache
-def _load_pointwise() -> FusedOps | None:
+def _load_pointwise(device: torch.device) -> FusedOps | None:
+    """Chosen once for a device and logged with the reason, after a look at what the kernels compute there."""
     try:
         from mmmamba.kernels import pointwise
-    except Exception as error:  # as for the scans: whatever a broken build raises means "not here"
-        log.info("norms and gates: torch (Triton does not import: %s: %s)", type(error).__name__, error)
+
+        difference = pointwise.disagreement(device)
+    except Exception as error:  # as for the scans: whatever a broken build or compiler raises means "not here"
+        log.info("norms and gates: torch (Triton fails: %s: %s)", type(error).__name__, error)
+        return None
+    if not difference <= MAX_DIFFERENCE:
+        log.warning("norms and gates: torch (the fused ones differ by %.2g on this card)", difference)
         return None
     log.info("norms and gates: fused")
     return pointwise

@@ -14,6 +14,7 @@ from __future__ import annotations
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Triton reads the annotations of a kernel as marks of compile-time constants, so its pointers and numbers have none.
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -214,3 +215,40 @@ def chunk_steps(dt: Tensor, A: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
         num_warps=1,
     )
     return steps, cum
+
+
+def disagreement(device: torch.device) -> float:
+    """The largest relative RMS difference of any of these from torch's operators, on small random inputs; NaN if any
+    result is. A kernel that is wrong on a card is off by about 1, rounding by less than 1e-5."""
+    draw = torch.Generator().manual_seed(0)
+    heads, dim, conv, seqlen = 3, 16, 80, 11
+    hidden = heads * dim
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device)
+
+    x, weight, head_weight, y = random(2, seqlen, hidden), random(hidden), random(dim), random(2, seqlen, heads, dim)
+    u, kept, taps, bias, dt_bias = (
+        random(2, seqlen, conv + hidden + heads),
+        random(2, conv, 1),
+        random(conv, 2),
+        random(conv),
+        random(heads),
+    )
+    padded = torch.cat([kept.mT, u[..., :conv]], dim=1)
+    vkq, dt = mix_inputs(u, kept.clone(), taps, bias, dt_bias, hidden)
+    gate = u[..., conv : conv + hidden]
+    gated = F.rms_norm(y, (dim,), head_weight, 1e-5).flatten(2) * F.silu(gate)
+    A = -random(heads).abs()
+    chunk = 4
+    padding = (0, 0, 0, -seqlen % chunk)
+    steps = (F.pad(dt, padding) * A).unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2).mT
+    pairs = (
+        (rms_norm(x, weight, 1e-5), F.rms_norm(x, (hidden,), weight, 1e-5)),
+        (vkq, F.silu(bias + padded[:, :-1] * taps[:, 0] + padded[:, 1:] * taps[:, 1])),
+        (dt, F.softplus(u[..., conv + hidden :] + dt_bias)),
+        (gated_norm(y, gate, head_weight, 1e-5), gated),
+        (swiglu(x.clone(), y.flatten(2)), F.silu(x) * y.flatten(2)),
+        (chunk_steps(dt, A, chunk)[1], steps),
+    )
+    return float(torch.stack([(got - want).norm() / want.norm() for got, want in pairs]).max())

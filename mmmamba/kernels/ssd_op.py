@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmmamba.kernels import ssd_triton
+from mmmamba.kernels import fused_ops, ssd_triton
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.pointwise import chunk_steps
 from mmmamba.kernels.reference import check_state
@@ -50,7 +50,8 @@ def ssd_scan_triton(
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow)
     if infers_on_cuda(x):
         plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-        steps = chunk_steps(dt.float(), A.float(), plan.chunk_len)
+        fused = fused_ops(x) is not None
+        steps = chunk_steps(dt.float(), A.float(), plan.chunk_len) if fused else plan.steps(dt.float(), A.float())
         y, states = _launch(plan, x, B, C, *steps, initial_state, segment_ids, need_state)
         return y, states[:, -1] if states.numel() else states
     y, final, _ = torch.ops.mmmamba.ssd_forward(
