@@ -50,6 +50,8 @@ def decoder_for(model: object, choice: Choice | None = None) -> FusedDecoder | N
     probe = model.language.norm.weight
     if choice == "plain" or (probe.device.type != "cuda" and choice != "fused"):
         return None
+    if probe.is_cuda and probe.device.index != torch.cuda.current_device():
+        return None  # Triton launches on the current device
     head, first, last = model.language.output, model.language.layers[0], model.language.layers[-1]
     # Weights that were moved, converted, packed or trained are others. (Decays are what is copied here: their version
     # counts what an optimizer wrote.)

@@ -57,5 +57,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def infers_on_cuda(x: Tensor) -> bool:
-    """Whether x is on a GPU and no gradient can be asked for; False for a compiler, which cannot trace the question."""
-    return not torch.compiler.is_compiling() and x.is_cuda and torch.is_inference_mode_enabled()
+    """Whether x is on the current GPU, no gradient can be asked for, and no compiler traces (it cannot, past here)."""
+    if torch.compiler.is_compiling() or not x.is_cuda or not torch.is_inference_mode_enabled():
+        return False
+    return x.device.index == torch.cuda.current_device()  # Triton launches there, wherever its tensors are
