@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Choice = Literal["auto", "plain", "fused"]
 CHOICES = ("auto", "plain", "fused")
 MIN_CAPABILITY = (8, 0)  # the first cards that multiply bf16
-# Relative RMS difference from the plain path that rounding explains, with room: a wrong kernel is off by about 1.
-AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Relative RMS difference from the plain path that rounding may explain in any model; a wrong kernel is off by about 1.
+AGREEMENT = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 log = logging.getLogger(__name__)
 
