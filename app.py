@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ EPILOG = (
     "serve for --host and --port too."
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4", "bnb-int8", "bnb-nf4")  # of `quantize`, which imports torch
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -57,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
     add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
     add(model, "dtype", "auto", "precision", choices=DTYPES)
+    add(model, "quantize", None, "weights in 8 or 4 bits, of all models", choices=SCHEMES)
     teacher = "model to compare with, or several with commas; without it the known teacher of --model, if there is one"
     add(model, "teacher", None, teacher, metavar="MODEL")
     server = p.add_argument_group("server")
@@ -95,6 +98,8 @@ def read_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             p.error(f"--{name} is {value}; use {least} or more")
     if args.dtype not in DTYPES:
         p.error(f"--dtype is {args.dtype!r}; use one of {', '.join(DTYPES)}")
+    if args.quantize not in (None, *SCHEMES):
+        p.error(f"--quantize is {args.quantize!r}; use one of {', '.join(SCHEMES)}")
     if args.auth is not None and not all(args.auth.partition(":")):
         p.error("--auth is no USER:PASSWORD; put a colon between the two")
     return args
@@ -107,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
+    from app.backend import load_backend
     from app.chat import ChatStore
     from app.engine import Engine, Limits
     from app.models import sides_of
@@ -118,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     states = StateStore(Budget(*(None if mib is None else mib << 20 for mib in budgets)))
     # The package must be there before torch; models stay on the CPU and are moved by a worker of each call.
     zero = ZeroGPU() if on_zero_gpu() else None
+    if zero and args.quantize:
+        sys.exit("--quantize does not go with ZeroGPU, whose workers hold models in bfloat16; leave it out")
     engine = Engine(
         args.model,
         "cpu" if zero else args.device,
@@ -132,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         chats=ChatStore(states=states),
         max_waiting=args.max_waiting,
-        **({"loader": zero.load} if zero else {}),
+        loader=zero.load if zero else partial(load_backend, quantize=args.quantize),
     )
     # Without a screen `webbrowser` would start a text browser in this terminal.
     screen = sys.platform in ("darwin", "win32") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))

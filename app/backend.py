@@ -133,7 +133,13 @@ Loader = Callable[[str, Device, Dtype, Progress, Sequence[Backend]], Backend]
 
 
 def load_backend(
-    model: str, device: Device, dtype: Dtype, progress: Progress, others: Sequence[Backend] = ()
+    model: str,
+    device: Device,
+    dtype: Dtype,
+    progress: Progress,
+    others: Sequence[Backend] = (),
+    *,
+    quantize: str | None = None,
 ) -> Backend:
     """Load a checkpoint directory, a hub id, or a bundled model by name.
 
@@ -142,6 +148,7 @@ def load_backend(
         dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
         progress: called with a fraction (0 to 1) and what is being done.
         others: models loaded already; tensors that equal theirs are held in memory once.
+        quantize: a scheme of `quantize` for the weights, or None for those of the checkpoint.
     Raises: ValueError or OSError with a message for people, as `mmmamba.load_model` does.
     """
     progress(0.0, "starting PyTorch")
@@ -155,7 +162,7 @@ def load_backend(
         _leave_a_core()
     how = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
     share = [other.model for other in others if isinstance(other, MMMambaBackend)]
-    loaded = load_model(model, device=where, dtype=how, progress=progress, share=share)
+    loaded = load_model(model, device=where, dtype=how, quantize=quantize, progress=progress, share=share)
     return MMMambaBackend(loaded, model)
 
 

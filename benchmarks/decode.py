@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode --device cpu
     python -m benchmarks.decode --device cuda --full-size     # the published size: see benchmarks/decode_cuda.py
+    python -m benchmarks.decode --device cpu --quantize none int8 int4 --gguf SmolLM2-135M.Q4_1.gguf
 
 Both sides run in one process on the same tokens and take turns every few tokens, so that a slow moment of the machine
 meets both. Contexts are really read, in pieces. Before any timing the bill is printed: the bytes that a token must
@@ -25,11 +26,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, report
+from benchmarks import llama_cpp, machine, report
 from benchmarks.report import Record
 from mmmamba import ModelInputs, cost, decode_one_token, load_model, prefill
 from mmmamba.checkpoint import read_config, resolve_checkpoint
 from mmmamba.model import MMMamba
+from quantize import SCHEMES, quantize_
 
 BASELINE = "HuggingFaceTB/SmolLM2-135M"
 # https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json
@@ -71,7 +73,7 @@ class Side(Protocol):
 
 
 class OurSide:
-    """Any model of this project, by the plain decoder."""
+    """Any model of this project, as `decode_one_token` runs it."""
 
     def __init__(self, model: MMMamba, name: str, weights: str, batch: int, piece_size: int) -> None:
         self.model, self.name, self.weights = model, name, weights
@@ -140,15 +142,25 @@ def transformers_weight_bytes(model: nn.Module) -> cost.WeightCount:
 
 
 def load_ours(
-    name: str, device: torch.device, dtype: torch.dtype, *, random_weights: bool, batch: int, piece_size: int
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    random_weights: bool,
+    batch: int,
+    piece_size: int,
+    scheme: str | None = None,
 ) -> OurSide:
     if random_weights:
         with torch.device(device):
             model = MMMamba(read_config(resolve_checkpoint(name))).to(dtype).eval().requires_grad_(False)
+        if scheme:
+            quantize_(model, scheme)
     else:
-        model = load_model(name, device=device, dtype=dtype)
+        model = load_model(name, device=device, dtype=dtype, quantize=scheme)
     # A bundled name or a hub id as it stands, a directory without where it lies: records are for other machines too.
     label = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
+    label += f" {scheme}" if scheme else ""
     return OurSide(model, label, "random" if random_weights else "checkpoint", batch, piece_size)
 
 
@@ -269,6 +281,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", default=["float32"], choices=tuple(DTYPES), help="one or both, in turn")
     p.add_argument("--model", nargs="+", default=["nano-linear"], help="models of this project (%(default)s)")
     p.add_argument("--random-weights", action="store_true", help="read the models' config.json alone")
+    p.add_argument(
+        "--quantize",
+        nargs="+",
+        default=["none"],
+        choices=("none", *SCHEMES),
+        metavar="SCHEME",
+        help=f"weights of this project's models: none or {', '.join(SCHEMES)}; several in turn (%(default)s)",
+    )
+    p.add_argument(
+        "--gguf", type=Path, default=None, metavar="FILE", help="SmolLM2-135M for llama.cpp, beside the rest"
+    )
     p.add_argument("--no-baseline", action="store_true", help="leave transformers' SmolLM2-135M out")
     p.add_argument("--full-size", action="store_true", help="the published size on CUDA, all widths, contexts, batches")
     p.add_argument("--contexts", nargs="+", type=int, default=[100, 1000, 8000], metavar="N")
@@ -291,6 +314,10 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 f"--contexts {longer} leaves no room: the first must be above {2 * WARM_UP_STEPS}, the others "
                 f"more than --steps + {WARM_UP_STEPS} apart"
             )
+    if args.gguf is not None and (args.device != "cpu" or args.batch != 1):
+        p.error(f"--gguf {args.gguf} is for --device cpu and --batch 1")
+    if args.gguf is not None and (fault := llama_cpp.fault(args.gguf)):
+        p.error(fault)
     if args.device != "cpu" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
     if args.full_size and args.device == "cpu":
@@ -347,11 +374,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_sides(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Side]:
     sides: list[Side] = [
-        load_ours(name, device, dtype, random_weights=args.random_weights, batch=args.batch, piece_size=args.piece_size)
+        load_ours(
+            name,
+            device,
+            dtype,
+            random_weights=args.random_weights,
+            batch=args.batch,
+            piece_size=args.piece_size,
+            scheme=None if scheme == "none" else scheme,
+        )
         for name in args.model
+        for scheme in args.quantize
     ]
     if not args.no_baseline:
         sides.append(load_baseline(device, dtype, piece_size=args.piece_size))
+    if args.gguf is not None:
+        sides.append(llama_cpp.LlamaCppSide(args.gguf, args.contexts[-1] + args.steps + WARM_UP_STEPS, args.piece_size))
     return sides
 
 

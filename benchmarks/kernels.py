@@ -62,6 +62,10 @@ SHAPES = {
     "nano-packed": Shape(1, 8192, 9, 3, 64, 512, segments=24),
     "2.6b": Shape(1, 8192, 16, 8, 128, 256),
     "2.6b-packed": Shape(1, 8192, 16, 8, 128, 256, segments=10),
+    # The embedding stack of a packed row with 24 tiles, at several chunk lengths.
+    "2.6b-embedding-128": Shape(1, 26_624, 16, 8, 128, 128, segments=8),
+    "2.6b-embedding-256": Shape(1, 26_624, 16, 8, 128, 256, segments=8),
+    "2.6b-embedding-512": Shape(1, 26_624, 16, 8, 128, 512, segments=8),
     "tiny": Shape(2, 40, 4, 2, 16, 16, segments=2),
 }
 

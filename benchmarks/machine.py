@@ -18,11 +18,14 @@ __all__ = [
     "device_slug",
     "load_average",
     "memory_bandwidth",
+    "peak_flops",
     "peak_memory_bytes",
     "reset_peak_memory",
     "synchronize",
 ]
 _CPUINFO = Path("/proc/cpuinfo")
+# Dense bf16 products on the data sheets, 1/s; the first name that the card's holds.
+_DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def device_name(device: torch.device) -> str:
@@ -40,6 +43,14 @@ def device_slug(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second on the card's data sheet; None for cards that are not known here, and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for known, rate in _DATA_SHEETS.items() if known in name), None)
 
 
 def load_average() -> float | None:

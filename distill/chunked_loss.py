@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**26  # numbers in one matrix of logits: 256 MiB in float32
+# A head's rows are filled up to a multiple: products over rows of, say, 92,553 numbers in bf16, which begin at odd
+# addresses, cannot be read and written in whole vectors.
+HEAD_ROWS = 64
 
 
 class Loss(NamedTuple):
@@ -86,15 +89,18 @@ class _ChunkedLoss(torch.autograd.Function):
         temperature, ce_factor, chunk_tokens, dtype = options
         wide = torch.promote_types(dtype, torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        narrow_head = head.to(dtype)
-        narrow_teacher_head = narrow_head if teacher_head is head else _to(teacher_head, dtype)
+        vocab_size = head.shape[0]
+        narrow_head = _filled_up(head, dtype)
+        narrow_teacher_head: Tensor | None = narrow_head
+        if teacher_head is not head:
+            narrow_teacher_head = None if teacher_head is None else _filled_up(teacher_head, dtype)
         kl, ce = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head, dtype=wide) if need_head else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             x = hidden[part].to(dtype)
-            logits = F.linear(x, narrow_head).to(wide)
+            logits = F.linear(x, narrow_head)[:, :vocab_size].to(wide)
             grad: Tensor | None = None
             if targets is not None and ce_weights is not None:
                 weights = ce_weights[part, None].to(wide)
@@ -106,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad *= ce_factor * weights
             if teacher_hidden is not None and narrow_teacher_head is not None and kl_weights is not None:
                 weights = kl_weights[part, None].to(wide)
-                teacher_logits = F.linear(teacher_hidden[part].to(dtype), narrow_teacher_head).to(wide)
+                teacher_logits = F.linear(teacher_hidden[part].to(dtype), narrow_teacher_head)[:, :vocab_size].to(wide)
                 log_p = F.log_softmax(_over(teacher_logits, temperature), dim=-1)
                 del teacher_logits
                 log_q = F.log_softmax(_over(logits, temperature), dim=-1)
@@ -120,12 +126,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 del p, log_q
             del logits
             if grad is not None:
-                narrow = grad.to(dtype)
+                narrow = grad.new_zeros(grad.shape[0], narrow_head.shape[0], dtype=dtype)
+                narrow[:, :vocab_size] = grad
                 del grad
                 if grad_hidden is not None:
                     grad_hidden[part] = narrow @ narrow_head
                 if grad_head is not None:
-                    grad_head += narrow.mT @ x
+                    grad_head += (narrow.mT @ x)[:vocab_size]
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         ctx.mark_non_differentiable(kl, ce)
         return temperature**2 * kl + ce_factor * ce, kl, ce
@@ -137,8 +144,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _filled_up(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """With rows of zeros to a multiple of HEAD_ROWS."""
+    narrow, missing = head.to(dtype), -head.shape[0] % HEAD_ROWS
+    return F.pad(narrow, (0, 0, 0, missing)) if missing else narrow
 
 
 def _over(logits: Tensor, temperature: float) -> Tensor:

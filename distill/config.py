@@ -24,7 +24,8 @@ _ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction")
     "train_decay": STUDENT_STAGES
 }
 # Left out of a checkpoint's facts while they are at their defaults, so that checkpoints from before them go on.
-_LATER = frozenset((*_ONLY_IN, "pictures", "packed", "packed_tiles"))
+_LATER = frozenset((*_ONLY_IN, "pictures", "packed", "packed_tiles", "frozen_dtype"))
+_FROZEN_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +168,9 @@ class Recipe:
     # are one mixture, `image_batch` counts its rows and `text_batch` is 0; `text_seqlen` bounds a text.
     packed: bool = False
     packed_tiles: int | None = None  # tiles a row, blank ones for those missing: fixed shapes. None: as many as come
+    # Of what a student shares with its teacher and no stage trains, and with it of the residual stream between layers.
+    # The mixers, all that trains, stay float32.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     pictures: int = 1  # a row; above 1, as many samples of one picture each are joined into a conversation
     image_sources: dict[str, float] = field(default_factory=lambda: {"shapes": 1.0})  # name -> share of the batches
     text_sources: dict[str, float] = field(default_factory=dict)
@@ -211,6 +215,8 @@ class Recipe:
         for name in ("image_seqlen", "text_seqlen", "max_tiles", "pictures"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number above 0")
+        if self.frozen_dtype not in _FROZEN_DTYPES:
+            raise ValueError(f"frozen_dtype={self.frozen_dtype!r} is not known; use {' or '.join(_FROZEN_DTYPES)}")
         if self.shape.num_layers is not None:
             self._check_layers(self.shape.num_layers)
         for name, stage in self.stages.items():

@@ -31,7 +31,10 @@ class SplitProjection(nn.Module):
         self.gate_dt = nn.Parameter(gate_dt.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        if self.vkq.requires_grad:
+            return F.linear(x, self.weight)
+        # Apart, or the gradient of the frozen rows would be computed with the others' and thrown away.
+        return torch.cat([F.linear(x, self.vkq), F.linear(x, self.gate_dt)], dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -50,11 +53,13 @@ def vkq_rows(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def seed_mixer(attention: Attention, config: StackConfig, generator: torch.Generator) -> Mamba2Mixer:
-    """A mixer that starts from `attention`; the output projection is shared with it, the rest is new memory.
+    """A mixer that starts from `attention`; the output projection is shared with it, the rest is new memory, float32 at
+    least: steps of an optimizer are lost in narrower weights.
 
     `generator` draws the gate (Xavier-uniform, gain 2^-2.5) and `dt_bias` (inverse softplus of a log-uniform step).
     """
     weight = attention.in_proj.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.device(weight.device):
         mixer = Mamba2Mixer(config)
     gate = torch.empty(config.hidden_size, config.hidden_size)
@@ -62,8 +67,8 @@ def seed_mixer(attention: Attention, config: StackConfig, generator: torch.Gener
     low, high = (math.log(d) for d in DT_RANGE)
     step = torch.exp(torch.rand(config.num_attention_heads, generator=generator) * (high - low) + low)
     mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it gives the step back
-    gate_dt = torch.cat([gate, torch.zeros(config.num_attention_heads, config.hidden_size)]).to(weight)
-    mixer.in_proj = SplitProjection(vkq_rows(attention), gate_dt)
+    gate_dt = torch.cat([gate, torch.zeros(config.num_attention_heads, config.hidden_size)])
+    mixer.in_proj = SplitProjection(vkq_rows(attention).to(wide), gate_dt.to(weight.device, wide))
     mixer.A_log.fill_(1.0)
     mixer.conv.weight.zero_()
     mixer.conv.weight[:, :, -1] = 1.0

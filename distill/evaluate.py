@@ -27,7 +27,9 @@ def exact_matches(model: MMMamba, batch: Batch) -> torch.Tensor:
     pixels = None if batch.pixels is None else pixel_values(batch.pixels.to(device))
     used = int(batch.loss_mask.any(dim=0).nonzero().max()) + 1  # the rest is padding behind the last answer
     ids = batch.input_ids[:, :used].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    # Beside frozen weights in bf16 mixers are float32: only autocast multiplies the two.
+    narrow = device.type == "cuda" or model.dtype == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
         hidden = model.hidden_states(ids, pixels)
         rows, columns = (i.to(device) for i in batch.loss_mask[:, 1:].nonzero(as_tuple=True))
         predicted = model.language.output(hidden[rows, columns]).argmax(dim=-1)

@@ -17,6 +17,8 @@ from mmmamba.config import ModelConfig
 from mmmamba.model import MMMamba, TokenLayout, token_layout
 from mmmamba.segments import Segments
 
+_FEWEST_SLOTS = 32  # of borders
+
 
 class Inputs(NamedTuple):
     """One batch for a stage.
@@ -90,7 +92,12 @@ class Inputs(NamedTuple):
 
 
 def prepare(
-    batch: Batch | PackedBatch, config: ModelConfig, answer_tokens: int | None = None, *, all_tokens: bool = False
+    batch: Batch | PackedBatch,
+    config: ModelConfig,
+    answer_tokens: int | None = None,
+    *,
+    all_tokens: bool = False,
+    fixed_shapes: bool = True,
 ) -> Inputs:
     """Lay a batch out on the CPU.
 
@@ -98,6 +105,8 @@ def prepare(
         answer_tokens: slots a row (on average over the batch) for learned tokens: what is over is dropped from the end,
             what is missing has weight 0. None: as many as there are.
         all_tokens: a slot for every position, with weight 0 on padding alone.
+        fixed_shapes: the borders of packed rows have as many slots in every batch, as a captured step needs it.
+            Without, their number is the next power of two: attention starts work on every slot, at a row's length.
     """
     rows, seqlen = batch.input_ids.shape
     packed = batch if isinstance(batch, PackedBatch) else None
@@ -129,16 +138,20 @@ def prepare(
     if packed is not None:
         repeats = torch.where(batch.input_ids == embedding.img_context_token_id, repeat, 1).flatten()
         stack_ids = packed.segment_ids.flatten().repeat_interleave(repeats).view(rows, -1)
-        segments = (
-            Segments.of(stack_ids, packed.max_segments),
-            Segments.of(packed.segment_ids, packed.max_segments),
-        )
+        slots = packed.max_segments if fixed_shapes else _slots(packed.segment_ids)
+        segments = Segments.of(stack_ids, slots), Segments.of(packed.segment_ids, slots)
         is_real = packed.is_real.float()
         real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
     inputs = Inputs(
         layout, (rows, seqlen), batch.pixels, segments, real_positions, answers, positions, targets, weights
     )
     return inputs.pin_memory() if torch.cuda.is_available() else inputs
+
+
+def _slots(segment_ids: Tensor) -> int:
+    """Segments of packed rows, rounded up so that few numbers occur: each is a shape to compile for."""
+    count = len(segment_ids) + int((segment_ids[:, 1:] != segment_ids[:, :-1]).sum())
+    return max(_FEWEST_SLOTS, 1 << (count - 1).bit_length())
 
 
 def hidden_states(model: MMMamba, inputs: Inputs) -> Tensor:

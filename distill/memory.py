@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.chunked_loss import CHUNK_ELEMENTS
+from distill.chunked_loss import CHUNK_ELEMENTS, HEAD_ROWS
 from distill.config import Recipe
 from mmmamba.config import EmbeddingConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.cost import count_parameters, teacher_config
+from mmmamba.kernels import training_chunk
 from mmmamba.state import D_CONV
 
 StudentStage = Literal["stage1", "stage2", "stage3"]
@@ -62,14 +63,15 @@ def stage_memory(
     weight_bytes: int = WIDE,
     checkpointing: bool = False,
     scan: Literal["triton", "chunked"] = "triton",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     loss_tokens: int | None = None,
     loss_chunk: int | None = None,
 ) -> StageMemory:
     """Bytes of a step over `rows` rows of `seqlen` tokens, with `tiles` tiles in all.
 
     Args:
-        weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16.
+        weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16, as the residual stream then is.
+        chunk_size: of the scan; None: as training has it.
         loss_tokens: tokens that count in stage 3; None: all.       loss_chunk: as `chunked_loss` takes it.
     """
     language = student.language
@@ -88,16 +90,17 @@ def stage_memory(
                 own += vkq + others
                 trained += others + (vkq if stage != "stage1" else 0)
                 learning = True
-            layer = _layer_bytes(stack, layer_type, tokens, rows, min(chunk_size, tokens // rows), scan, weight_bytes)
+            chunk = min(chunk_size or training_chunk(stack.head_dim), tokens // rows)
+            layer = _layer_bytes(stack, layer_type, tokens, rows, chunk, scan, weight_bytes)
             most = max(most, layer)
             if stage == "stage3" and learning:
-                saved += tokens * stack.hidden_size * WIDE if checkpointing else layer
+                saved += tokens * stack.hidden_size * min(weight_bytes, WIDE) if checkpointing else layer
     loss = 0
     if stage == "stage3":
         count = rows * seqlen if loss_tokens is None else loss_tokens
         chunk = min(count, loss_chunk or max(128, CHUNK_ELEMENTS // language.vocab_size // 128 * 128))
         loss = _LOSS_MATRICES * chunk * language.vocab_size * WIDE + 3 * count * language.hidden_size * WIDE
-        loss += table * NARROW if weight_bytes > NARROW else 0
+        loss += table * NARROW if weight_bytes > NARROW or language.vocab_size % HEAD_ROWS else 0
     # A layer's values and as many gradients; stages 1 and 2 keep no more than that.
     workspace = 2 * most
     return StageMemory(shared * weight_bytes + own * WIDE, trained * WIDE, 2 * trained * WIDE, saved, loss, workspace)
@@ -108,7 +111,6 @@ def step_memory(
     stage: StudentStage,
     student: ModelConfig,
     *,
-    weight_bytes: int = WIDE,
     scan: Literal["triton", "chunked"] = "triton",
 ) -> StageMemory:
     """Bytes of a step as a recipe has it: of the larger of its two batches, which run one after the other."""
@@ -129,7 +131,7 @@ def step_memory(
                     rows=rows,
                     seqlen=seqlen,
                     tiles=tiles,
-                    weight_bytes=weight_bytes,
+                    weight_bytes=NARROW if recipe.frozen_dtype == "bfloat16" else WIDE,
                     checkpointing=config.activation_checkpointing,
                     scan=scan,
                     loss_tokens=None if slots is None else rows * slots,

@@ -132,7 +132,8 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     Raises: ValueError if the teacher does not fit the recipe, or a stage before this one is missing.
     """
     _require(run.recipe, name)
-    teacher = load_model(teacher_dir, device=run.loading_device)
+    frozen = getattr(torch, run.recipe.frozen_dtype)
+    teacher = load_model(teacher_dir, device=run.loading_device, dtype=frozen)
     types = run.recipe.layer_types(teacher.config)
     kept = _kept(run.recipe, teacher, out)
     if kept.is_finished(name):
@@ -196,7 +197,6 @@ def _estimate(run: Run, name: str, student: MMMamba) -> StageMemory:
         run.recipe,
         cast(StudentStage, name),
         student.config,
-        weight_bytes=student.dtype.itemsize,
         scan="triton" if run.device.type == "cuda" else "chunked",
     )
     notes = []

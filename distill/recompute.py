@@ -18,11 +18,13 @@ def recompute_blocks_(networks: Iterable[nn.Module]) -> None:
     for network in networks:
         for module in network.modules():
             if isinstance(module, Block) and "forward" not in vars(module):
-                module.forward = partial(_run, module.forward)  # type: ignore[method-assign]
+                learns = any(p.requires_grad for p in module.parameters())
+                module.forward = partial(_run, module.forward, learns)  # type: ignore[method-assign]
 
 
-def _run(forward: Any, *args: Any, **others: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args, **others)
+def _run(forward: Any, learns: bool, x: Tensor, *args: Any, **others: Any) -> Tensor:
+    # Where there is no gradient there is nothing to compute again, and torch 2.13 refuses to compile it so.
+    if not torch.is_grad_enabled() or not (learns or x.requires_grad):
+        return forward(x, *args, **others)
     # There is nothing random in a block, and a captured graph may not look at the generator's state.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **others)
+    return checkpoint(forward, x, *args, use_reentrant=False, preserve_rng_state=False, **others)

@@ -22,14 +22,12 @@ from distill.config import StageConfig
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
 from distill.losses import MSE_SCALE, Objective, layer_mse
-from mmmamba.kernels import select_scan
+from mmmamba.kernels import select_scan, select_segment_attention, training_chunk
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import Block, MMMamba
 from mmmamba.segments import Segments
 
-# Longer than any training row: one chunk, whose masked products compile into few kernels.
-TRAINING_CHUNK = 512
 NEW_IN_MIXERS = frozenset(
     f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
 )
@@ -75,16 +73,30 @@ class Stage(ABC):
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile layer by layer: one small graph a shape serves all layers of a type."""
-    choose_scan(model)
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    prepare_to_compile(model)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
 
 
-def choose_scan(model: nn.Module) -> None:
-    """Choose the scan that trains now: what a compiled graph calls must be known before it is traced."""
-    select_scan(next(model.parameters()).device.type, training=True)
+def _compile_around_mixers(model: nn.Module) -> None:
+    """Blocks whose mixer runs a backward pass by itself, which no graph holds: what comes before and behind it."""
+    for module in model.modules():
+        if isinstance(module, Block) and isinstance(module.mixer, PairedMixer):
+            module.mixer_norm = copy.copy(module.mixer_norm)  # the teacher's own is left as it was
+            module.mixer_norm.compile(dynamic=False)
+            module.finish = torch.compile(module.finish, dynamic=False)  # type: ignore[method-assign]
+        elif isinstance(module, Block):
+            module.compile(dynamic=False)
+
+
+def prepare_to_compile(model: nn.Module) -> None:
+    """Choose the kernels that train now: what a compiled graph calls must be known before it is traced."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    device = next(model.parameters()).device.type
+    select_scan(device, training=True)
+    # Autocast makes products narrow on every device.
+    select_segment_attention(device, narrow=True)
 
 
 def no_weight_decay(name: str) -> bool:
@@ -193,10 +205,12 @@ class LayerStage(Stage):
         student.requires_grad_(False)
         self.trains = _trained_kinds(train_vkq=train_vkq, train_decay=train_decay)
         if compiled:
-            choose_scan(student)
+            prepare_to_compile(student)
         self.model = _with_mixers(
             teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
         )
+        if compiled:
+            _compile_around_mixers(self.model)
         stacks = (self.model.embedding, self.model.language)
         of_stacks = [[m for m in stack.modules() if isinstance(m, PairedMixer)] for stack in stacks]
         self.paired = [paired for found in of_stacks for paired in found]
@@ -310,7 +324,7 @@ def _train_mixer(mixer: Any, train_decay: bool) -> None:
     mixer.out_proj.requires_grad_(False)
     mixer.A_log.requires_grad_(train_decay)
     mixer.dt_bias.requires_grad_(train_decay)
-    mixer.chunk_size = TRAINING_CHUNK
+    mixer.chunk_size = training_chunk(mixer.head_dim)
 
 
 def paired_layers(teacher: MMMamba, student: MMMamba) -> Iterator[tuple[Any, Any]]:

@@ -74,7 +74,7 @@ def train(
     _check(name, parameters, config, graph=graph)
     if config.activation_checkpointing:
         recompute_blocks_(stage.networks())
-    loop = _Loop(name, stage, config, parameters, processes, graph=graph, estimate=estimate)
+    loop = Loop(name, stage, config, parameters, processes, graph=graph, estimate=estimate)
     if resume is not None:
         loop.restore(resume)
     clock = Clock(config, elapsed_s=resume.elapsed_s if resume else 0.0, step=loop.step)
@@ -105,7 +105,10 @@ def train(
                 if progress >= 1:
                     break
                 with clock.waiting():
-                    batches = [_next(stage, config, image_batches, text_batches) for _ in range(config.accumulate)]
+                    batches = [
+                        _next(stage, config, image_batches, text_batches, fixed_shapes=graph)
+                        for _ in range(config.accumulate)
+                    ]
                 values = loop.advance(batches, progress)
                 watch.push(loop.step, values, batches)
                 if loop.step % LOG_EVERY == 0 or loop.step == 1:
@@ -125,7 +128,7 @@ def train(
     return Trained(loop.step, clock.elapsed_s)
 
 
-class _Loop:
+class Loop:
     """What changes from step to step, but for the clock: weights, gradients, optimizers and their count."""
 
     def __init__(
@@ -224,7 +227,7 @@ def _check(name: str, parameters: dict[str, nn.Parameter], config: StageConfig, 
         )
 
 
-def _save(loop: _Loop, clock: Clock, store: Checkpoints, monitor: Monitor, batches: Batches, *, must: bool) -> None:
+def _save(loop: Loop, clock: Clock, store: Checkpoints, monitor: Monitor, batches: Batches, *, must: bool) -> None:
     """Write a checkpoint. On a full disk the run goes on and tries again after the next interval, unless it `must`.
 
     Raises: OSError if it must and cannot.
@@ -250,11 +253,13 @@ def _how_to_go_on(name: str, step: int, store: Checkpoints | None) -> str:
     return f"{name} stopped after step {step}, kept in {store.folder}; the same command goes on from there"
 
 
-def _next(stage: Stage, config: StageConfig, image_batches: Batches, text_batches: Batches | None) -> WeightedInputs:
-    every = stage.all_tokens
-    image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, all_tokens=every)
+def _next(
+    stage: Stage, config: StageConfig, image_batches: Batches, text_batches: Batches | None, *, fixed_shapes: bool
+) -> WeightedInputs:
+    options = {"all_tokens": stage.all_tokens, "fixed_shapes": fixed_shapes}
+    image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, **options)
     batches = [(1.0, image)]
     if text_batches is not None and config.text_batch:
-        text = prepare(next(text_batches), stage.model.config, config.text_answer_tokens, all_tokens=every)
+        text = prepare(next(text_batches), stage.model.config, config.text_answer_tokens, **options)
         batches.append((config.text_weight, text))
     return batches

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmmamba.checkpoint import INDEX, PACKED_METADATA, PACKED_PARTS, PART_SEPARATOR, named_tensors
+from mmmamba.checkpoint import named_tensors
 from mmmamba.keymap import to_published
 from mmmamba.model import MMMamba
 from mmmamba.packing import PackedSpec, pack
+from mmmamba.stored import INDEX, PACKED_METADATA, PACKED_PARTS, PART_SEPARATOR, packed_metadata
 
 MAX_SHARD_BYTES = 25 * 2**19
 HALF_FROM_NUMEL = 100_000  # unpacked tensors from this size on are stored in float16, smaller ones in float32
@@ -100,8 +101,7 @@ def _stored_form(name: str, tensor: Tensor, spec: PackedSpec | None) -> tuple[di
         wide = tensor.numel() < HALF_FROM_NUMEL
         return {name: tensor.detach().to(torch.float32 if wide else torch.float16).contiguous()}, {}
     packed = dict(zip(PACKED_PARTS, pack(tensor, spec), strict=True))
-    meta = {"bits": spec.bits, "group_size": spec.group_size, "shape": list(spec.shape)}
-    return {f"{name}.{part}": t.contiguous() for part, t in packed.items()}, {name: meta}
+    return {f"{name}.{part}": t.contiguous() for part, t in packed.items()}, {name: packed_metadata(spec)}
 
 
 def _parts(name: str, tensor: Tensor, spec: PackedSpec | None, limit: int) -> list[tuple[str, Tensor]]:

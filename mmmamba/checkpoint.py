@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmmamba.config import ModelConfig
 from mmmamba.keymap import UNUSED, from_published, to_published, unused_tensors
 from mmmamba.model import MMMamba
-from mmmamba.packing import PackedSpec, unpack
+from mmmamba.packing import PackedWeight
+from mmmamba.stored import INDEX, ForeignParts, listing
+from mmmamba.stored import CheckpointError as CheckpointError
+from mmmamba.stored import TensorFiles as TensorFiles
 
 BUNDLED_DIR = Path(__file__).resolve().parent.parent / "checkpoints" / "nano"
 BUNDLED = {"nano": "linear", "nano-linear": "linear", "nano-teacher": "teacher"}
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,20 +32,30 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-PACKED_METADATA = "mmmamba_packed"
-PACKED_PARTS = ("qweight", "scales", "zeros")
-PART_SEPARATOR = "::"
 MAX_SHARD_SIZE = "5GB"
 DIGEST_NUMEL = 20_000
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Step sizes and decays act through an exponential: two digits of bf16 would not do.
 _WIDE = re.compile(r"\.mixer\.(A_log|dt_bias)$")
 
 Progress = Callable[[float, str], None]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found or read, with the way out."""
+class WeightQuantizer(Protocol):
+    """What `load_model` asks of `quantize.api.Quantizer`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def wants(self, name: str, shape: tuple[int, ...]) -> bool: ...
+
+    def place_(
+        self,
+        model: MMMamba,
+        name: str,
+        weight: Tensor | PackedWeight | ForeignParts,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None: ...
 
 
 def load_model(
@@ -54,6 +64,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    quantize: str | WeightQuantizer | None = None,
     progress: Progress | None = None,
     share: Sequence[MMMamba] = (),
 ) -> MMMamba:
@@ -62,18 +73,22 @@ def load_model(
     Args:
         device, dtype: where the weights go and how wide they are; decays and step biases stay in float32 at least.
         revision: branch, tag or commit of a hub id.
+        quantize: a scheme of `quantize` ("int8", "int4", "bnb-int8", "bnb-nf4"), applied to each weight as it is read;
+            or a `quantize.Quantizer`, for groups of another size. None: the checkpoint's own, if it has one.
         progress: called with (fraction done, what is being read).
         share: models loaded already; a tensor that equals theirs of the same name is held in memory once.
     Returns: the model in eval mode, frozen; `model.source` is the directory it came from.
     Raises: CheckpointError if nothing is found, tensors are missing, extra or mis-shaped (all listed by name), or only
-        pickle files are there; ConfigError if the configuration cannot be run.
+        pickle files are there; ConfigError if the configuration cannot be run; ValueError if the scheme cannot be used.
     """
     directory = resolve_checkpoint(path_or_hub_id, revision=revision)
     model = build_meta(read_config(directory))
     with ExitStack() as stack:
         files = TensorFiles(directory, stack)
         _check_tensors(directory, files, model)
-        _fill(model, files, torch.device(device), dtype, progress, [dict(other.named_parameters()) for other in share])
+        quantizer = _quantizer(directory, files.scheme, quantize)
+        _fill(model, files, torch.device(device), dtype, quantizer, progress, share)
+    model.scheme = None if quantizer is None else quantizer.name
     model.source = directory
     return model.eval().requires_grad_(False)
 
@@ -85,14 +100,15 @@ def save_model(model: MMMamba, path: str | Path) -> None:
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    if model.scheme is not None:
+        raise ValueError(f"the model's weights are {model.scheme}; write it with quantize.save_quantized")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = dict(named_tensors(model))
     published = {to_published(name, model.config): t.contiguous() for name, t in tensors.items()}
     for name, source in unused_tensors(model.config).items():
         published[name] = tensors[source].clone()
-    config = model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    (path / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    write_config(model, path)
     shards = split_torch_state_dict_into_shards(
         published, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )
@@ -106,9 +122,19 @@ def save_model(model: MMMamba, path: str | Path) -> None:
     for file in path.glob("model*.safetensors"):
         if file.name not in shards.filename_to_tensors:
             file.unlink()
-    if model.source is not None and model.source.resolve() != path.resolve():
+    copy_tokenizer(model, path)
+
+
+def write_config(model: MMMamba, directory: Path) -> None:
+    config = model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+def copy_tokenizer(model: MMMamba, directory: Path) -> None:
+    """Put the files of the tokenizer that the model came with beside its weights."""
+    if model.source is not None and model.source.resolve() != directory.resolve():
         for file in tokenizer_files(model.source):
-            shutil.copy2(file, path / file.name)
+            shutil.copy2(file, directory / file.name)
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None, config_only: bool = False) -> Path:
@@ -194,110 +220,6 @@ def weights_digest(model: MMMamba) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Stored(NamedTuple):
-    """A tensor, or some rows of one, in an opened file; `spec` if it is packed."""
-
-    file: Any
-    name: str
-    spec: PackedSpec | None
-
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape if self.spec else tuple(self.file.get_slice(self.name).get_shape())
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        if self.spec is None:
-            return self.file.get_tensor(self.name).to(dtype)
-        qweight, scales, zeros = (self.file.get_tensor(f"{self.name}.{part}") for part in PACKED_PARTS)
-        return unpack(qweight, scales, zeros, self.spec, dtype)
-
-
-class TensorFiles:
-    """The safetensors files of a checkpoint, opened but not read."""
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        self.directory = directory
-        self._parts: dict[str, list[_Stored]] = {}
-        wanted = self._index()
-        paths = self._plain_files() if wanted is None else sorted(set(wanted.values()))
-        stored: dict[str, _Stored] = {}
-        for path in paths:
-            for name, entry in _open(path, stack).items():
-                if wanted is None and name in stored:
-                    raise CheckpointError(
-                        f"{path} holds {name}, and so does a file before it; keep one, or add an index"
-                    )
-                if wanted is None or wanted.get(name) == path:
-                    stored[name] = entry
-        if wanted is not None and (absent := sorted(wanted.keys() - stored.keys())):
-            raise CheckpointError(_listing(directory, {"named in the index but in no file": absent}))
-        for name in sorted(stored, key=_part_order):
-            self._parts.setdefault(_part_order(name)[0], []).append(stored[name])
-
-    def _index(self) -> dict[str, Path] | None:
-        """Stored name -> file, or None without an index."""
-        index = self.directory / INDEX
-        if not index.is_file():
-            return None
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} holds no weight_map of tensors to files ({error!r}); fetch it again"
-            ) from error
-        base = self.directory.resolve()
-        # Not resolved further: in the hub's cache the files are links to blobs elsewhere.
-        paths = {name: Path(os.path.normpath(base / file)) for name, file in files.items()}
-        for name, path in paths.items():
-            if path.parent not in (base, base.parent) or path.suffix != ".safetensors":
-                raise CheckpointError(f'{index} sends {name} to "{path}"; only safetensors files beside it are read')
-        return paths
-
-    def _plain_files(self) -> list[Path]:
-        found = sorted(self.directory.glob("*.safetensors"))
-        if found:
-            return found
-        pickles = sorted(p.name for pattern in _PICKLES for p in self.directory.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{self.directory} holds only pickle files ({', '.join(pickles[:3])}); loading them can run any code, "
-                "so they are refused: convert them to safetensors"
-            )
-        raise CheckpointError(f"{self.directory} holds no safetensors files; pass a complete checkpoint")
-
-    def names(self) -> list[str]:
-        return sorted(self._parts)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shapes = [part.shape() for part in self._parts[name]]
-        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensors = [part.read(dtype) for part in self._parts[name]]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _open(path: Path, stack: ExitStack) -> dict[str, _Stored]:
-    if not path.is_file():
-        raise CheckpointError(f"the index names {path.name}, which is not there; fetch the whole checkpoint")
-    try:
-        f = stack.enter_context(safe_open(path, "pt"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short, fetch it again") from error
-    specs = {
-        name: PackedSpec(spec["bits"], spec["group_size"], tuple(spec["shape"]))
-        for name, spec in json.loads((f.metadata() or {}).get(PACKED_METADATA, "{}")).items()
-    }
-    plain = set(f.keys()) - {f"{name}.{part}" for name in specs for part in PACKED_PARTS}
-    return {name: _Stored(f, name, specs.get(name)) for name in plain | specs.keys()}
-
-
-def _part_order(stored_name: str) -> tuple[str, int]:
-    """Tensor and number of the part: one too large for a file is stored as `name::0`, `name::1`, ..."""
-    name, _, part = stored_name.partition(PART_SEPARATOR)
-    return name, int(part or 0)
-
-
 def _check_tensors(directory: Path, files: TensorFiles, model: MMMamba) -> None:
     expected = {name: tuple(t.shape) for name, t in named_tensors(model)}
     found: dict[str, str] = {}
@@ -318,12 +240,29 @@ def _check_tensors(directory: Path, files: TensorFiles, model: MMMamba) -> None:
     ]
     if missing or extra or misshaped:
         problems = {"missing": missing, "not part of this model": extra, "of another shape": misshaped}
-        raise CheckpointError(_listing(directory, problems))
+        raise CheckpointError(listing(directory, problems))
 
 
-def _listing(directory: Path, problems: dict[str, list[str]]) -> str:
-    parts = [f"{len(names)} tensors {what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
-    return f"{directory} does not fit its config.json: {'; '.join(parts)}. Take config and weights from one checkpoint"
+def _quantizer(directory: Path, stored: str | None, asked: str | WeightQuantizer | None) -> WeightQuantizer | None:
+    """Of the scheme that the weights are stored by, else of the one that is asked for."""
+    if asked is None and stored is None:
+        return None
+    if stored is not None and not (asked is None or asked == stored):
+        name = asked if isinstance(asked, str) else asked.name
+        raise CheckpointError(
+            f"{directory} holds {stored} weights already, {name} would round them again; load it without a scheme, or "
+            "quantize the checkpoint that it was made from"
+        )
+    if asked is not None and not isinstance(asked, str):
+        return asked
+    from quantize import SCHEMES, Quantizer  # sits on this package; needed only where somebody asks for it
+
+    if stored is not None and stored not in SCHEMES:
+        raise CheckpointError(
+            f'{directory} was quantized by the scheme "{stored}", which is not known here ({", ".join(SCHEMES)}); '
+            "use the version that wrote it"
+        )
+    return Quantizer(stored or str(asked))
 
 
 def _fill(
@@ -331,24 +270,44 @@ def _fill(
     files: TensorFiles,
     device: torch.device,
     dtype: torch.dtype,
+    quantizer: WeightQuantizer | None,
     progress: Progress | None,
-    others: Sequence[dict[str, nn.Parameter]],
+    others: Sequence[MMMamba],
 ) -> None:
+    held = [dict(named) for other in others for named in (other.named_parameters(), other.named_buffers())]
     names = [name for name in files.names() if name != UNUSED]
     for i, name in enumerate(names):
         if progress is not None:
             progress(i / len(names), name)
         ours = from_published(name)
         assert ours is not None, "checked before"
-        wide = torch.promote_types(dtype, torch.float32) if _WIDE.search(ours) else dtype
         module, _, attribute = ours.rpartition(".")
+        # A quantized checkpoint says which weights are packed; elsewhere that is the scheme's choice.
+        if quantizer is not None and (
+            files.is_packed(name) if files.scheme else quantizer.wants(ours, files.shape(name))
+        ):
+            quantizer.place_(model, ours, files.as_stored(name), device, dtype)
+            _share_buffers(model.get_submodule(module), module, held)
+            continue
+        wide = torch.promote_types(dtype, torch.float32) if _WIDE.search(ours) else dtype
         tensor = files.read(name, wide).to(device)
-        # The same object: what is frozen in a student takes memory once, however many models hold it.
-        twin = next((p for other in others if (p := other.get(ours)) is not None and _same(p, tensor)), None)
+        twin = _twin(ours, tensor, held)
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor) if twin is None else twin)
     model.tie_weights()
     if progress is not None:
         progress(1.0, "done")
+
+
+def _share_buffers(layer: nn.Module, path: str, held: Sequence[dict[str, Tensor]]) -> None:
+    for name, tensor in list(layer.named_buffers()):
+        if tensor.numel() and (twin := _twin(f"{path}.{name}", tensor, held)) is not None:
+            holder, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(holder), attribute, twin)
+
+
+def _twin(name: str, tensor: Tensor, held: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """The same object: what is frozen in a student takes memory once, however many models hold it."""
+    return next((t for tensors in held if (t := tensors.get(name)) is not None and _same(t, tensor)), None)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

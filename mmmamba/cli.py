@@ -29,12 +29,13 @@ from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
-from mmmamba.info import DTYPES, info_record, info_text, readable_bytes
+from mmmamba.info import DTYPES, info_record, info_text, quantized_record, readable_bytes
 from mmmamba.jsonl import Counts, answer_file, forget_errors, num_unanswered, read_questions
 from mmmamba.place import default_device, default_dtype
 
 DEFAULT_MODEL = "nano-linear"
 REPL_HELP = "/image PATH adds an image to the next question, /new starts over, /quit (or Ctrl-D) leaves"
+SCHEMES = ("int8", "int4", "bnb-int8", "bnb-nf4")  # of `quantize`, which is imported when one is asked for
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 
 
@@ -102,6 +103,9 @@ def _answering_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
+    )
+    parser.add_argument(
+        "--quantize", default=None, choices=SCHEMES, help="weights in 8 or 4 bits, packed while they are read"
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token; ignores the seed")
@@ -264,6 +268,7 @@ def _answer_record(conversation: Conversation, event: StreamEvent, name: str, lo
         "kind": model.config.kind,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": model.scheme,
     }
 
 
@@ -312,7 +317,14 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def _load_conversation(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Conversation:
     with _progress_bar() as progress:
-        model = load_model(args.model, device=device, dtype=dtype, revision=args.revision, progress=progress)
+        model = load_model(
+            args.model,
+            device=device,
+            dtype=dtype,
+            revision=args.revision,
+            quantize=args.quantize,
+            progress=progress,
+        )
     return Conversation(model, system=args.system, max_tiles=args.max_tiles)
 
 
@@ -349,19 +361,21 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Print what a model costs, from its config alone: no weights are read."""
+    """Print what a model costs, from its config and the headers of its files: no weights are read."""
     if args.context < 1 or not 0 <= args.image_tokens <= args.context:
         raise UsageError(
             f"--context {args.context} and --image-tokens {args.image_tokens} must satisfy "
             "context >= 1 and 0 <= image tokens <= context"
         )
     directory = resolve_checkpoint(args.model, revision=args.revision)
+    config = read_config(directory)
     record = info_record(
-        read_config(directory),
+        config,
         dtype=args.dtype,
         num_text_tokens=args.context - args.image_tokens,
         num_image_tokens=args.image_tokens,
     )
+    record |= quantized_record(directory, tied=config.language.tie_word_embeddings)
     record = {"model": args.model, "directory": str(directory)} | record
     print(json.dumps(record, ensure_ascii=False) if args.json else info_text(record))
     return 0

@@ -59,7 +59,7 @@ def weight_bytes(model: nn.Module) -> WeightCount:
         counted.add(id(tensor))
         total += tensor.nbytes if new else 0
         if name.startswith(TABLES):
-            per_token += tensor[0].nbytes
+            per_token += tensor[0].nbytes if tensor.ndim > 1 else 0  # packed tables are flat, a row of them is nothing
         elif new and not name.startswith(IMAGE_ONLY):
             per_token += tensor.nbytes
     return WeightCount(total, per_token)

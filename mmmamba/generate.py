@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.decoder import decoder_for
+from mmmamba.decoder_cpu import cpu_decoder_for
 from mmmamba.model import MMMamba
 from mmmamba.sampling import SamplingParams, sample
 from mmmamba.state import DecodeState
@@ -137,6 +138,9 @@ def decode_one_token(model: MMMamba, token: Tensor, state: DecodeState) -> Tenso
     fused = decoder_for(model)
     if fused is not None and fused.fits(token, state):
         return fused.decode_one_token(token, state)
+    fast = cpu_decoder_for(model)
+    if fast is not None and fast.fits(token, state):
+        return fast.decode_one_token(token, state)
     return model(token[:, None], None, state)[:, -1]
 
 

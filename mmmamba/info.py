@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmmamba import cost
 from mmmamba.config import ModelConfig
+from mmmamba.keymap import from_published
+from mmmamba.stored import CheckpointError, TensorFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +39,7 @@ def info_record(config: ModelConfig, *, dtype: str, num_text_tokens: int, num_im
         "tokens_per_tile": config.tokens_per_tile,
         "parameters": parameters.total,
         "dtype": dtype,
+        "quantize": None,
         "weight_bytes": parameters.total * size,
         "weight_bytes_per_token": parameters.per_token * size,
         "state_bytes": cost.state_bytes(config, element_bytes=size),
@@ -44,6 +49,28 @@ def info_record(config: ModelConfig, *, dtype: str, num_text_tokens: int, num_im
         "teacher_kv_bytes": kv(cost.teacher_config(config)),
         "fingerprint": config.fingerprint(),
     }
+
+
+def quantized_record(directory: Path, *, tied: bool) -> dict[str, Any]:
+    """What takes the place of `info_record`'s facts for a checkpoint of `quantize`: its scheme, and the bytes that its
+    weights take as they are stored; nothing for other checkpoints, and where only a config is there.
+
+    Args: tied: whether the embedding table is the output head too, which a token reads in full.
+    """
+    with ExitStack() as stack:
+        try:
+            files = TensorFiles(directory, stack)
+        except CheckpointError:
+            return {}
+        if files.scheme is None:
+            return {}
+        sizes = {from_published(name) or name: files.nbytes(name) for name in files.names()}
+        elsewhere = cost.IMAGE_ONLY if tied else (*cost.IMAGE_ONLY, *cost.TABLES)
+        return {
+            "quantize": files.scheme,
+            "weight_bytes": sum(sizes.values()),
+            "weight_bytes_per_token": sum(size for name, size in sizes.items() if not name.startswith(elsewhere)),
+        }
 
 
 def info_text(r: dict[str, Any]) -> str:
@@ -58,7 +85,7 @@ def info_text(r: dict[str, Any]) -> str:
         ("hidden size", f"{r['hidden_size']:,}; vocabulary {r['vocab_size']:,}"),
         ("image tile", f"{r['tile_px']} px, {r['tokens_per_tile']} tokens"),
         ("parameters", f"{r['parameters']:,}"),
-        ("weights", f"{readable_bytes(r['weight_bytes'])} in {r['dtype']}"),
+        ("weights", f"{readable_bytes(r['weight_bytes'])} in {r['quantize'] or r['dtype']}"),
         ("a token reads", f"{readable_bytes(r['weight_bytes_per_token'])} of them"),
         ("recurrent state", f"{readable_bytes(r['state_bytes'])} at any length"),
         ("key-value cache", f"{readable_bytes(r['kv_bytes'])} at {length}"),

@@ -42,7 +42,11 @@ class Block(nn.Module):
         rope: RopeTables | None,
         segments: Segments | None = None,
     ) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments)
+        return self.finish(x, self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer: both residual sums and the MLP. Training may run it by itself."""
+        x = x + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -256,7 +260,7 @@ class HolisticEmbedding(DecoderStack):
         self, input_ids: Tensor, pixel_values: Tensor | None, state: DecodeState | None, total_seqlen: int | None
     ) -> Tensor:
         layout = token_layout(input_ids, self.config.img_context_token_id, self.config.stack_tokens_per_image_token)
-        device = self.text.weight.device
+        device = self.stem.position_embedding.device
         layout = TokenLayout(*(t.to(device, non_blocking=True) for t in layout))
         if pixel_values is not None:
             pixel_values = pixel_values.to(device, non_blocking=True)
@@ -334,21 +338,25 @@ class LanguageModel(DecoderStack):
 class MMMamba(nn.Module):
     """The whole network. `config.kind` says whether it is the teacher (HoVLE), linear or hybrid.
 
-    `source` is the directory it was loaded from (it holds the tokenizer), or None for a model made in memory.
+    `source` is the directory it was loaded from (it holds the tokenizer), or None for a model made in memory; `scheme`
+    is the one of `quantize` that its weights are packed by, or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.source: Path | None = None
+        self.scheme: str | None = None
         self.embedding = HolisticEmbedding(config.embedding, normalize=config.normalize_encoder_output)
         self.language = LanguageModel(config.language)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Share the output head with the text embeddings where the config says so."""
-        if self.config.language.tie_word_embeddings:
-            self.language.output.weight = self.embedding.text.weight
+        text = self.embedding.text
+        # A packed table is tied already.
+        if self.config.language.tie_word_embeddings and isinstance(text, nn.Embedding):
+            self.language.output.weight = text.weight
 
     @property
     def device(self) -> torch.device:

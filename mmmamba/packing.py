@@ -4,6 +4,7 @@ an offset a group. Loading turns them back into plain tensors."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,31 @@ class PackedSpec:
                 f"group_size={self.group_size} does not divide rows of {self.shape[-1]} (or is no multiple of 4); "
                 "use 32 or 64, or store the tensor whole"
             )
+
+
+class PackedWeight(NamedTuple):
+    """A weight as it is stored: qweight uint8 flat, scales and zeros float16, one a group."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    spec: PackedSpec
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        return unpack(self.qweight, self.scales, self.zeros, self.spec, dtype)
+
+
+def split_groups(weight: PackedWeight, group_size: int) -> PackedWeight:
+    """The same values in smaller groups, for kernels that take some sizes only: each scale and offset is repeated.
+
+    Raises: ValueError if the groups do not divide into such.
+    """
+    times, rest = divmod(weight.spec.group_size, group_size)
+    if rest:
+        raise ValueError(f"groups of {weight.spec.group_size} do not divide into groups of {group_size}")
+    spec = PackedSpec(weight.spec.bits, group_size, weight.spec.shape)
+    scales, zeros = (t.repeat_interleave(times) for t in (weight.scales, weight.zeros))
+    return PackedWeight(weight.qweight, scales, zeros, spec)
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:

@@ -25,6 +25,7 @@ from app.handlers import turn_index
 from app.likes import Likes
 from app.options import Options
 from app.ui import EXAMPLES, EXAMPLES_DIR, PageOptions, build, launch_options
+from quantize import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
@@ -283,7 +284,7 @@ def test_importing_the_page_loads_no_torch() -> None:
 def test_every_flag_has_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Spaces have no command line."""
     command = load_command()
-    values = {"dtype": "bfloat16", "auth": "me:secret", "port": "8001", "host": "0.0.0.0"}
+    values = {"dtype": "bfloat16", "quantize": "int4", "auth": "me:secret", "port": "8001", "host": "0.0.0.0"}
     numbers = {name: str(least + 7) for name, _, least, _ in command.LIMITS}
     numbers |= {name: str(i + 9) for i, (name, _) in enumerate(command.BUDGETS)}
     switches = dict.fromkeys((name for name, _ in command.SWITCHES), "1")
@@ -302,6 +303,11 @@ def test_every_flag_has_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (args.share, args.port, args.dtype) == (False, 9000, "auto"), "a flag comes before a variable"
 
 
+def test_schemes_are_those_of_the_quantizer() -> None:
+    """Named again: flags are read before anything that imports torch."""
+    assert tuple(SCHEMES) == load_command().SCHEMES
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
@@ -310,6 +316,7 @@ def test_every_flag_has_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("MMMAMBA_MAX_TILES", "0", "--max-tiles is 0; use 1 or more"),
         ("MMMAMBA_MAX_CONTEXT", "100", "--max-context is 100; use 1024 or more"),
         ("MMMAMBA_DTYPE", "float8", "--dtype is 'float8'; use one of auto"),
+        ("MMMAMBA_QUANTIZE", "int2", "--quantize is 'int2'; use one of int8, int4"),
         ("MMMAMBA_AUTH", "secret", "--auth is no USER:PASSWORD"),
     ],
 )

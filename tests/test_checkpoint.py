@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmmamba import checkpoint
-from mmmamba.checkpoint import INDEX, CheckpointError, load_model, save_model
+from mmmamba.checkpoint import CheckpointError, load_model, save_model
 from mmmamba.config import ConfigError
 from mmmamba.keymap import UNUSED, from_published, to_published
 from mmmamba.model import MMMamba
+from mmmamba.stored import INDEX
 from tests.helpers import FIXTURES, GOLDEN, golden_config, golden_model, random_ids, random_model, tiny_raw
 
 WEIGHTS = "model.safetensors"

@@ -175,7 +175,7 @@ def test_no_matrix_of_all_tokens_is_made() -> None:
             kl_weights=torch.ones(tokens),
             chunk_tokens=8,
         ).total.backward()
-    assert largest == 8 * vocab
+    assert largest == 8 * 512, "500, filled up to a multiple of 64"
 
 
 def test_what_is_refused() -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 from mmmamba import DecodeState, SamplingParams, cli, cost, load_model
 from mmmamba.checkpoint import read_config
 from mmmamba.conversation import Conversation
+from mmmamba.generate import decode_one_token
+from quantize import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("hovle", "linear", "hybrid")
@@ -61,6 +63,20 @@ def test_a_seed_repeats_the_answer(capsys: pytest.CaptureFixture[str], tiny_dir:
     ask = ("chat", "--model", tiny_dir, "--temperature", 2, "--top-p", 1, "--max-new-tokens", 24, "Hello")
     answers = [run(capsys, *ask, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_chat_with_packed_weights(capsys: pytest.CaptureFixture[str], tiny_dir: Path, scheme: str) -> None:
+    ask = ("chat", "--model", tiny_dir, "--quantize", scheme, "--greedy", "--max-new-tokens", 4, "--json", "Hello")
+    status, out, err = run(capsys, *ask)
+    assert (status, err) == (0, "")
+    record = json.loads(out)
+    assert (record["quantize"], record["num_tokens"] > 0) == (scheme, True)
+
+
+def test_schemes_are_those_of_the_quantizer() -> None:
+    """Named here too: `--help` should not wait for its import."""
+    assert tuple(SCHEMES) == cli.SCHEMES
 
 
 def test_conversation_from_a_pipe(
@@ -127,16 +143,15 @@ def test_an_abandoned_turn_leaves_the_conversation_as_it_was(tiny_dir: Path) -> 
 def test_ctrl_c_ends_the_answer_and_keeps_the_turn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_dir: Path
 ) -> None:
-    decode, calls = torch.nn.Module.__call__, []
+    calls = []
 
-    def interrupting(module: torch.nn.Module, *args: object, **kwargs: object) -> object:
-        if type(module).__name__ == "MMMamba":
-            calls.append(1)
-            if len(calls) == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-        return decode(module, *args, **kwargs)
+    def interrupting(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode_one_token(*args)
 
-    monkeypatch.setattr(torch.nn.Module, "__call__", interrupting)
+    monkeypatch.setattr("mmmamba.generate.decode_one_token", interrupting)
     before = signal.getsignal(signal.SIGINT)
     status, out, err = run(
         capsys, "chat", "--model", tiny_dir, "--json", "--seed", 0, "--temperature", 2, "--max-new-tokens", 5000, "Hi"
@@ -201,6 +216,7 @@ def test_reader_of_the_pipe_goes_away(tiny_dir: Path) -> None:
         (["chat", "--model", "{tiny}", " "], ["question", "empty"]),
         (["chat", "--model", "no-such-model", "Hi"], ["no-such-model", "nano"]),
         (["chat", "--model", "{empty}", "Hi"], ["config.json"]),
+        (["chat", "--model", "{tiny}", "--quantize", "int2", "Hi"], ["int2", "int4"]),
         (["info", "{tiny}", "--context", "0"], ["--context 0"]),
         (["info", "{tiny}", "--context", "5", "--image-tokens", "6"], ["--image-tokens 6"]),
         (["translate"], ["translate", "--help"]),

@@ -414,6 +414,8 @@ def real(tiny_dir: Path) -> Engine:
 
 def test_real_model_is_described(tiny_dir: Path) -> None:
     backend = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None)
+    packed = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None, quantize="int4")
+    assert (backend.model.scheme, packed.model.scheme) == (None, "int4")
     info = backend.info
     dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
     assert (info.kind, info.device, info.dtype) == ("linear", "cpu", dtype)

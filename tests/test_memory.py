@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.networks import hovle_config
 from distill.config import Recipe
 from distill.convert import make_student
 from distill.memory import StageMemory, StudentStage, stage_memory, step_memory
@@ -31,8 +31,11 @@ def stage_of(name: StudentStage, teacher: Any, student: Any) -> Stage:
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("kind", ["linear", "hybrid"])
 @pytest.mark.parametrize("name", STAGES)
-def test_weights_gradients_and_moments_to_the_byte(folder: str, kind: str, name: StudentStage) -> None:
-    teacher = teacher_of(folder)
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_gradients_and_moments_to_the_byte(
+    folder: str, kind: str, name: StudentStage, frozen: torch.dtype
+) -> None:
+    teacher = teacher_of(folder, frozen)
     student = student_of(teacher, folder, kind)
     parameters = list(stage_of(name, teacher, student).parameters().values())
     optimizer = torch.optim.AdamW(parameters)
@@ -41,7 +44,7 @@ def test_weights_gradients_and_moments_to_the_byte(folder: str, kind: str, name:
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for n, t in state.items() if n != "step")
     held = {p.data_ptr(): p.nbytes for model in (teacher, student) for p in model.parameters()}
-    estimate = stage_memory(student.config, name, rows=1, seqlen=8)
+    estimate = stage_memory(student.config, name, rows=1, seqlen=8, weight_bytes=frozen.itemsize)
     assert estimate.weights == sum(held.values())
     assert estimate.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     assert estimate.optimizer == moments
@@ -103,30 +106,25 @@ def test_the_larger_batch_of_a_recipe_counts() -> None:
     images = stage_memory(config, "stage3", rows=6, seqlen=64, tiles=12, loss_tokens=30)
     assert step_memory(recipe, "stage3", config) == images
     longer = replace(recipe, text_seqlen=512, stages={"stage3": replace(plan, text_answer_tokens=None)})
-    texts = stage_memory(config, "stage3", rows=2, seqlen=512, weight_bytes=2)
-    assert step_memory(longer, "stage3", config, weight_bytes=2) == texts
+    texts = stage_memory(config, "stage3", rows=2, seqlen=512)
+    assert step_memory(longer, "stage3", config) == texts
     assert texts.activations > images.activations
 
 
 def test_tiles_of_packed_rows_count() -> None:
     config = config_2_6b("linear")
     recipe = Recipe.load("hovle-2.6b-linear")
-    fixed = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=24, checkpointing=True)
+    options: dict[str, Any] = {"rows": 1, "seqlen": 8192, "weight_bytes": 2, "checkpointing": True}
+    fixed = stage_memory(config, "stage3", tiles=24, **options)
     assert step_memory(recipe, "stage3", config) == fixed
-    most = stage_memory(config, "stage3", rows=1, seqlen=8192, tiles=32, checkpointing=True)
+    most = stage_memory(config, "stage3", tiles=32, **options)
     assert step_memory(replace(recipe, packed_tiles=None), "stage3", config) == most
 
 
 def config_2_6b(kind: str) -> ModelConfig:
     """The published size: 8 and 24 layers, 2,048 wide."""
-    raw = copy.deepcopy(golden_config("post", "hovle"))
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
-    embedding = {"num_hidden_layers": 8, "llm_hidden_size": 2048, "llm_vocab_size": 92_553, "image_size": 448}
-    raw["embedding_config"] |= shape | embedding
-    raw["llm_config"] |= shape | {"num_hidden_layers": 24, "vocab_size": 92_553}
-    raw["force_image_size"] = 448
-    types: Any = ["mha" if kind == "hybrid" and i % 4 == 0 else "mamba2" for i in range(32)]
-    return ModelConfig.from_dict(raw).with_layer_types(tuple(types[:8]), tuple(types[8:]))
+    teacher = hovle_config()
+    return teacher.with_layer_types(*Recipe.load(f"hovle-2.6b-{kind}").layer_types(teacher))
 
 
 @pytest.mark.parametrize("kind", ["linear", "hybrid"])

@@ -307,11 +307,11 @@ class KilledAfter:
         self._next = trainer._next
         patch.setattr(trainer, "_next", self)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         if self.left == 0:
             raise Killed
         self.left -= 1
-        return self._next(*args)
+        return self._next(*args, **options)
 
 
 def run(folder: Path, out: str, meta: Path, workers: int, *, eval_count: int = 0) -> None:

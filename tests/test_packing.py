@@ -14,9 +14,21 @@ from torch import Tensor
 from distill.convert import fuse_, make_student
 from distill.rounding import rounded, storage_spec
 from mmmamba.bundle import save_bundle
-from mmmamba.checkpoint import INDEX, PACKED_METADATA, CheckpointError, load_model
+from mmmamba.checkpoint import CheckpointError, load_model
 from mmmamba.model import MMMamba
-from mmmamba.packing import BITS, PackedSpec, dequantize, pack, pack_bits, quantize, unpack, unpack_bits
+from mmmamba.packing import (
+    BITS,
+    PackedSpec,
+    PackedWeight,
+    dequantize,
+    pack,
+    pack_bits,
+    quantize,
+    split_groups,
+    unpack,
+    unpack_bits,
+)
+from mmmamba.stored import INDEX, PACKED_METADATA
 from tests.helpers import random_ids, random_model, random_tiles, tiny_raw
 
 bits_of = pytest.mark.parametrize("bits", BITS)
@@ -54,6 +66,17 @@ def test_the_layout_of_bits_is_fixed() -> None:
         *(1 | 2 << 6 | 3 << 12 | 63 << 18).to_bytes(3, "little")
     ]
     assert pack_bits(torch.tensor([7, 255, 0, 1], dtype=torch.uint8), 8).tolist() == [7, 255, 0, 1]
+
+
+@bits_of
+def test_smaller_groups_hold_the_same_values(bits: int) -> None:
+    spec = PackedSpec(bits, 96, (5, 192))
+    weight = PackedWeight(*pack(weights(spec.shape, "outliers"), spec), spec)
+    smaller = split_groups(weight, 32)
+    assert smaller.spec.group_size == 32
+    assert torch.equal(smaller.unpack(torch.float32), weight.unpack(torch.float32))
+    with pytest.raises(ValueError, match="groups of 96 do not divide into groups of 64"):
+        split_groups(weight, 64)
 
 
 # --- rounding ---

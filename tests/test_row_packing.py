@@ -14,7 +14,7 @@ from distill.data.batches import Batch, Row, RowKind, Rows
 from distill.data.mixture import Mixture, open_sources
 from distill.data.packing import PackedBatch, Packer, PackerState, Piece, Pieces, RowShape, pack
 from distill.data.sample import Sample
-from distill.inputs import Inputs, prepare
+from distill.inputs import Inputs, _slots, prepare
 from distill.nano import nano_config
 from mmmamba.config import ModelConfig
 from mmmamba.tokenizer import load_tokenizer
@@ -96,6 +96,23 @@ def test_fixed_tiles_make_fixed_shapes() -> None:
         assert packed.pixels.shape == (12, 56, 56, 3)
         assert ((packed.input_ids == IMAGE_ID).sum(dim=1) == 6 * TILE_TOKENS).all()
         first.copy_(prepare(packed, CONFIG, answer_tokens=20))  # raises where a shape differs
+
+
+def test_few_slots_for_the_borders_where_no_step_is_captured() -> None:
+    """The same segments in as many slots as the next power of two, and few numbers of them in a run."""
+    packer = Packer(fetch, shape(96, 2, 6))
+    for _ in range(5):
+        packed = packer.batch()
+        fixed, few = (prepare(packed, CONFIG, answer_tokens=20, fixed_shapes=flag) for flag in (True, False))
+        assert fixed.segments is not None
+        assert few.segments is not None
+        for one, two in zip(fixed.segments, few.segments, strict=True):
+            assert two.cu_seqlens.numel() == 33
+            assert one.cu_seqlens.numel() == packed.max_segments + 1
+            lengths = [s.cu_seqlens.diff() for s in (one, two)]
+            assert [n for n in lengths[0].tolist() if n] == [n for n in lengths[1].tolist() if n]
+            assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3], strict=True))
+    assert [_slots(torch.arange(n)[None].repeat(2, 1)) for n in (1, 16, 17, 32, 33, 512)] == [32, 32, 64, 64, 128, 1024]
 
 
 def test_first_fit_by_hand() -> None:

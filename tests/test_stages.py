@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill import stages
 from distill.config import Recipe, StageConfig
-from distill.convert import fuse_
+from distill.convert import SplitProjection, fuse_
 from distill.data.batches import Batch, pixel_values
 from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
 from distill.evaluate import exact_matches
@@ -404,6 +404,46 @@ def test_checkpointing_changes_no_gradient() -> None:
         found.append({name: p.grad.clone() for name, p in stage.parameters().items() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_compiling_changes_no_gradient(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled apart is put together again; packed rows, a hybrid student, traced and run as it stands."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    found = []
+    for compiled in (False, True):
+        teacher = teacher_of("post")
+        student = student_of(teacher, "post", "hybrid")
+        config = StageConfig(steps=1, lr=1.0, image_batch=1, text_batch=0)
+        stage = stages.student_stage(f"stage{number}", teacher, student, config, compiled=compiled)
+        shape = RowShape.of(teacher.config, seqlen=30, tiles=2, pad_id=7)
+        run_step(stage, [(1.0, pack([[piece(1, [3, -4, 5]), piece(2, [2, -4, 6])]], shape, PackerState()))])
+        found.append({name: p.grad.clone() for name, p in stage.parameters().items() if p.grad is not None})
+        norms = [layer.mixer_norm for model in (teacher, student) for layer in model.language.layers]
+        assert not any(norm._compiled_call_impl for norm in norms), "compiled in place"
+    torch.compiler.reset()
+    assert found[0].keys() == found[1].keys()
+    for name, want in found[0].items():
+        assert_near(f"gradient of {name}", found[1][name], want, 1e-3)
+
+
+@pytest.mark.parametrize("train_vkq", [False, True])
+def test_a_split_projection_is_one_matrix(train_vkq: bool) -> None:
+    """Whether its parts are multiplied apart or not; what is frozen gets no gradient."""
+    g = torch.Generator().manual_seed(0)
+    vkq, gate_dt, x = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (6, 4, 7))
+    projection = SplitProjection(vkq, gate_dt)
+    projection.vkq.requires_grad_(train_vkq)
+    whole = torch.cat([vkq, gate_dt]).requires_grad_()
+    weights = torch.randn(7, 10, generator=g, dtype=torch.float64)
+    (projection(x) * weights).sum().backward()
+    (torch.nn.functional.linear(x, whole) * weights).sum().backward()
+    assert whole.grad is not None
+    assert_near("gate_dt", projection.gate_dt.grad, whole.grad[6:], 1e-12)  # type: ignore[arg-type]
+    assert (projection.vkq.grad is not None) == train_vkq
+    if projection.vkq.grad is not None:
+        assert_near("vkq", projection.vkq.grad, whole.grad[:6], 1e-12)
 
 
 def test_paired_layers() -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "ssd_scan_ref",
     "ssm_step",
     "ssm_step_ref",
+    "training_chunk",
 ]
 
 
@@ -117,14 +118,22 @@ def select_scan(device_type: str, impl: Impl = "auto", training: bool = False) -
         scan, reason = load()
         if scan is not None:
             log.info("chunk scan%s: %s", " for training" if training else "", what)
-            if training and name == "triton":
-                _IN_GRAPHS[device_type] = scan
+            if training:
+                _IN_GRAPHS[device_type] = scan if name == "triton" else torch.compiler.disable(scan)
             return scan
         reasons.append(reason)
     if impl != "auto":
         raise ValueError(f'impl "{impl}" cannot run: {reasons[0]}; use "auto" or "chunked"')
     log.info("chunk scan%s: torch chunked (%s)", " for training" if training else "", "; ".join(reasons))
+    if training and device_type != "cpu":
+        _IN_GRAPHS[device_type] = torch.compiler.disable(ssd_scan_chunked)
     return ssd_scan_chunked
+
+
+def training_chunk(head_dim: int) -> int:
+    """Tokens a chunk to train with. Narrow heads: longer than nano's rows, which so need no states. Wide ones: where
+    the products within chunks (chunk / 2 of them a token) are as many as those with the states (twice head_dim)."""
+    return 512 if head_dim <= 64 else 2 * head_dim
 
 
 def _load_triton_scan() -> tuple[ScanFn | None, str]:
@@ -140,7 +149,10 @@ _LOADERS: dict[str, tuple[str, Callable[[], tuple[ScanFn | None, str]]]] = {
     "triton": ("our Triton scan", _load_triton_scan),
     "mamba_ssm": ("mamba-ssm", load_upstream_scan),
 }
-# Scans that a traced graph may call, by device: ours is an operator. `select_scan` fills it; call it before compiling.
+# What a traced graph calls to train, by device: ours is an operator, all others leave the graph and run as they are.
+# `select_scan` fills it; call it before compiling. The torch form is not traced on GPUs: on an H100 under torch 2.11,
+# with inputs in bf16, inductor's gradients of dt and A were wrong (relative errors 1.1 and 0.42), those of x, B and C
+# right.
 _IN_GRAPHS: dict[str, ScanFn] = {}
 
 
@@ -160,11 +172,20 @@ def ssd_scan(
     """Run the recurrence over a chunk of tokens; see `ssd_scan_ref` for shapes."""
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
     if impl == "auto" and torch.compiler.is_compiling():
-        # Tracing through foreign Triton autotuners breaks graphs; the torch form fuses well by itself.
-        scan = _IN_GRAPHS.get(x.device.type, ssd_scan_chunked) if training else ssd_scan_chunked
+        # Tracing through foreign Triton autotuners breaks graphs; the torch form's forward pass fuses well by itself.
+        scan = _to_train_in_graphs(x.device.type) if training else ssd_scan_chunked
     else:
         scan = select_scan(x.device.type, impl, training)
     return scan(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size, need_state=need_state)
+
+
+def _to_train_in_graphs(device_type: str) -> ScanFn:
+    if device_type not in _IN_GRAPHS and device_type != "cpu":
+        raise RuntimeError(
+            f'call select_scan("{device_type}", training=True) before compiling what trains: which scan a graph calls '
+            "must be known when it is traced"
+        )
+    return _IN_GRAPHS.get(device_type, ssd_scan_chunked)
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, impl: SegmentImpl = "auto") -> Tensor:
@@ -175,7 +196,13 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, im
     Returns: (batch, num_heads, seqlen, head_dim).
     """
     narrow = product_dtype(q) in VARLEN_DTYPES
+    if impl == "auto" and torch.compiler.is_compiling():
+        return _ATTEND_IN_GRAPHS.get((q.device.type, narrow), attend_masked)(q, k, v, segments)
     return select_segment_attention(q.device.type, narrow, impl)(q, k, v, segments)
+
+
+# As `_IN_GRAPHS`, by device and width: what is chosen by looking around cannot be traced.
+_ATTEND_IN_GRAPHS: dict[tuple[str, bool], Callable[..., Tensor]] = {}
 
 
 @cache
@@ -194,6 +221,7 @@ def select_segment_attention(device_type: str, narrow: bool, impl: SegmentImpl =
         attend, reason = load_varlen()
         if attend is not None:
             log.info("attention over packed rows: flash attention of any length")
+            _ATTEND_IN_GRAPHS[device_type, narrow] = attend
             return attend
     if impl == "varlen":
         raise ValueError(f'impl "varlen" cannot run: {reason}; use "auto" or "masked"')

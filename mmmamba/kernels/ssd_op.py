@@ -20,6 +20,9 @@ MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
 
 
+_torch_form = torch.compiler.disable(ssd_scan_chunked)  # compiled, its gradients were wrong: see `kernels._IN_GRAPHS`
+
+
 def ssd_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -41,7 +44,7 @@ def ssd_scan_triton(
     """
     dtype = product_dtype(x)
     if dtype == torch.float64 or max(x.shape[-1], B.shape[-1]) > MAX_DIM:
-        return ssd_scan_chunked(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+        return _torch_form(x, dt, A, B, C, initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more")
     if initial_state is not None:
