@@ -84,6 +84,8 @@ class ZeroGPU:
 
     def _work(self, key: str, ids: list[int], packed: bytes, settings: Settings | None) -> Iterator[Any]:
         """In the worker: read, or read and answer; yields events, and last the state in bytes."""
+        # Kernels that are compiled and captured pay after some answers, and this may be the only one.
+        os.environ.setdefault("MMMAMBA_DECODER", "plain")
         import torch
 
         backend = self.models[key]

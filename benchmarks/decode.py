@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode --device cpu
     python -m benchmarks.decode --device cpu --quantize none int8 int4 --gguf SmolLM2-135M.Q4_1.gguf
+    python -m benchmarks.decode --device cuda --full-size     # the published size: see benchmarks/decode_cuda.py
 
 Both sides run in one process on the same tokens and take turns every few tokens, so that a slow moment of the machine
 meets both. Contexts are really read, in pieces. Before any timing the bill is printed: the bytes that a token must
@@ -292,6 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gguf", type=Path, default=None, metavar="FILE", help="SmolLM2-135M for llama.cpp, beside the rest"
     )
     p.add_argument("--no-baseline", action="store_true", help="leave transformers' SmolLM2-135M out")
+    p.add_argument("--full-size", action="store_true", help="the published size on CUDA, all widths, contexts, batches")
     p.add_argument("--contexts", nargs="+", type=int, default=[100, 1000, 8000], metavar="N")
     p.add_argument("--steps", type=int, default=40, metavar="N", help="timed tokens a context (%(default)s)")
     p.add_argument("--batch", type=int, default=1, metavar="N")
@@ -318,12 +320,18 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(fault)
     if args.device != "cpu" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
+    if args.full_size and args.device == "cpu":
+        p.error("--full-size is timed on a GPU; add --device cuda, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = build_parser()
     args = p.parse_args(argv)
     check_args(p, args)
+    if args.full_size:
+        from benchmarks import decode_cuda
+
+        return decode_cuda.run(decode_cuda.POINTS, args.steps, args.out, baselines=not args.no_baseline)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from mmmamba.config import StackConfig
-from mmmamba.kernels import segment_attention
+from mmmamba.kernels import infers_on_cuda, segment_attention
 from mmmamba.layers import RopeTables, rotate
 from mmmamba.segments import Segments
 from mmmamba.state import KVState
@@ -72,6 +73,10 @@ class Attention(nn.Module):
             return y
         if seqlen_offset == 0:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=rep > 1)
+        elif infers_on_cuda(q):
+            # A piece of a long prompt. With a mask the GPU would write all scores; this bias only says where they end.
+            k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(seqlen, k.shape[2]))
         else:
             total = seqlen_offset + seqlen
             mask = torch.ones(seqlen, total, dtype=torch.bool, device=x.device).tril(seqlen_offset)

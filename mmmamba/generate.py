@@ -6,15 +6,32 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from mmmamba.decoder import decoder_for
 from mmmamba.decoder_cpu import cpu_decoder_for
 from mmmamba.model import MMMamba
+from mmmamba.sampling import SamplingParams, sample
 from mmmamba.state import DecodeState
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from mmmamba.decoder.session import Session
+
+__all__ = [
+    "ModelInputs",
+    "PrefillCancelled",
+    "SamplingParams",
+    "StreamEvent",
+    "decode_one_token",
+    "piece_size",
+    "prefill",
+    "sample",
+    "stream",
+]
 
 # Tokens read between two looks at the cancel flag: a fraction of a second of work on either device.
 CPU_PIECE = 256
@@ -34,39 +51,6 @@ class ModelInputs:
 
     input_ids: Tensor
     pixel_values: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `greedy` ignores all but the penalty.
-
-    Raises: ValueError naming the value that is out of range.
-    """
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 256
-    seed: int | None = None
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        for name, ok, fits in (
-            ("temperature", 0 <= self.temperature <= 10, "0 to 10 (0 is greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p < 1, "0 up to, not including, 1"),
-            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "0.1 to 10"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; use {fits}")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.greedy or self.temperature == 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +101,8 @@ def prefill(
         state.embedding.seqlen + (seqlen - num_image) + (num_image - embedded) * config.stack_tokens_per_image_token,
         state.language.seqlen + seqlen,
     )
+    if seqlen > piece_size:
+        state.reserve_(total)
     tiles = inputs.pixel_values
     if tiles is not None and len(tiles) % batch:
         raise ValueError(f"{len(tiles)} tiles do not divide among {batch} rows; every row needs equally many")
@@ -149,48 +135,10 @@ def prefill(
 @torch.inference_mode()
 def decode_one_token(model: MMMamba, token: Tensor, state: DecodeState) -> Tensor:
     """Feed one token a row, (batch,) int64, and advance `state`; returns logits (batch, vocab_size)."""
-    fast = cpu_decoder_for(model)
-    if fast is not None and fast.fits(token, state):
-        return fast.decode_one_token(token, state)
+    for fast in (decoder_for(model), cpu_decoder_for(model)):
+        if fast is not None and fast.fits(token, state):
+            return fast.decode_one_token(token, state)
     return model(token[:, None], None, state)[:, -1]
-
-
-def sample(
-    logits: Tensor,
-    params: SamplingParams,
-    *,
-    generator: torch.Generator | None = None,
-    history: Tensor | None = None,
-) -> Tensor:
-    """Draw one token a row.
-
-    Args:
-        logits: (batch, vocab_size), any float dtype; not changed.
-        generator: source of randomness, on the device of `logits`; greedy sampling does not touch it.
-        history: (batch, n) int64, tokens that `repetition_penalty` applies to (Keskar et al., arXiv:1909.05858).
-    Returns: (batch,) int64.
-    """
-    logits = logits.float()
-    if params.repetition_penalty != 1.0 and history is not None and history.numel():
-        seen = logits.gather(1, history)
-        penalised = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-        logits = logits.scatter(1, history, penalised)
-    if params.is_greedy:
-        return logits.argmax(dim=-1)
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if params.min_p > 0:
-        floor = logits.max(dim=-1, keepdim=True).values + torch.log(torch.tensor(params.min_p))
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    if params.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        # Drop a token when those before it hold top_p already: the most likely one always stays.
-        drop = probs.cumsum(dim=-1) - probs >= params.top_p
-        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
 @torch.inference_mode()
@@ -223,16 +171,11 @@ def stream(
     except PrefillCancelled:
         yield StreamEvent("", "", 0, None, (time.perf_counter() - started) * 1e3, None, "cancel")
         return
-    generator = torch.Generator(device=logits.device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-
     text = _StopText(StreamDecoder(tokenizer), stop_strings)
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     banned[tokenizer.vocab_size :] = True  # rows of the head that stand for no token
     banned[model.config.embedding.img_context_token_id] = True  # stands for pixels that nobody has
+    source = _token_source(model, state, logits, params, banned, stop_token_ids)
     stops = set(stop_token_ids)
     history: list[int] = []
     ttft_ms: float | None = None
@@ -245,33 +188,108 @@ def stream(
 
     reason: FinishReason = "length"
     tick = time.perf_counter()
-    while len(history) < params.max_new_tokens:
-        if cancel is not None and cancel.is_set():
-            reason = "cancel"
-            break
-        logits = logits.masked_fill(banned, float("-inf"))
-        seen = torch.tensor([history], device=logits.device) if params.repetition_penalty != 1.0 else None
-        token = sample(logits, params, generator=generator, history=seen)
-        token_id = int(token)
-        if token_id in stops:
-            reason = "stop"
-            break
-        history.append(token_id)
-        new = text.push(token_id)
-        if ttft_ms is None:
-            ttft_ms = (time.perf_counter() - started) * 1e3
-        else:
-            decode_s += time.perf_counter() - tick
-        try:
-            yield event(new)  # seen at once; the token is fed back while it is being read
-        finally:
-            # Also when the generator is closed here: the state must have seen what was shown.
-            tick = time.perf_counter()
-            logits = decode_one_token(model, token, state)
-        if text.stopped:
-            reason = "stop"
-            break
+    try:
+        while len(history) < params.max_new_tokens:
+            if cancel is not None and cancel.is_set():
+                reason = "cancel"
+                break
+            token_id = source.draw()
+            if token_id in stops:
+                reason = "stop"
+                break
+            history.append(token_id)
+            new = text.push(token_id)
+            if ttft_ms is None:
+                ttft_ms = (time.perf_counter() - started) * 1e3
+            else:
+                decode_s += time.perf_counter() - tick
+            try:
+                yield event(new)  # seen at once; the token is fed back while it is being read
+            finally:
+                # Also when the generator is closed here: the state must have seen what was shown.
+                tick = time.perf_counter()
+                source.feed()
+            if text.stopped:
+                reason = "stop"
+                break
+    finally:
+        source.close()
     yield event(text.flush(), reason)
+
+
+class _TokenSource(Protocol):
+    """Tokens of a reply. After `draw` the token is either fed, or the reply is over."""
+
+    def draw(self) -> int: ...
+
+    def feed(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _PlainTokens:
+    """By the model's own forward pass and `sample`."""
+
+    def __init__(
+        self, model: MMMamba, state: DecodeState, logits: Tensor, params: SamplingParams, banned: Tensor
+    ) -> None:
+        self._model, self._state, self._logits, self._params, self._banned = model, state, logits, params, banned
+        self._generator = torch.Generator(device=logits.device)
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self._history: list[int] = []
+        self._token = logits.new_zeros(1, dtype=torch.int64)
+
+    def draw(self) -> int:
+        logits = self._logits.masked_fill(self._banned, float("-inf"))
+        penalised = self._params.repetition_penalty != 1.0
+        seen = torch.tensor([self._history], device=logits.device) if penalised else None
+        self._token = sample(logits, self._params, generator=self._generator, history=seen)
+        token_id = int(self._token)
+        self._history.append(token_id)
+        return token_id
+
+    def feed(self) -> None:
+        self._logits = decode_one_token(self._model, self._token, self._state)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _FusedTokens:
+    """By a session of the fused decoder, which draws on the device: a token is fed before the host knows it, and not at
+    all if it ends the reply."""
+
+    def __init__(self, session: Session, logits: Tensor) -> None:
+        self._session = session
+        session.begin(logits)
+
+    def draw(self) -> int:
+        self._session.advance()
+        return self._session.take()[0]
+
+    def feed(self) -> None:
+        """Done in `draw`."""
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _token_source(
+    model: MMMamba,
+    state: DecodeState,
+    logits: Tensor,
+    params: SamplingParams,
+    banned: Tensor,
+    stop_token_ids: Sequence[int],
+) -> _TokenSource:
+    fused = decoder_for(model)
+    if fused is None or fused.refuses([state], stop_token_ids):
+        return _PlainTokens(model, state, logits, params, banned)
+    session = fused.open([state], [params], stop_token_ids=stop_token_ids, banned=banned)
+    return _FusedTokens(session, logits)
 
 
 class _StopText:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.config import StackConfig
+from mmmamba.kernels import fused_ops
 from mmmamba.segments import Segments
 
 
@@ -21,6 +22,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        ops = fused_ops(x)
+        if ops is not None:
+            return ops.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(self.weight.dtype)
 
@@ -35,6 +39,9 @@ class GatedMLP(nn.Module):
         self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        ops = fused_ops(x)
+        if ops is not None:
+            return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.config import StackConfig
-from mmmamba.kernels import Impl, ssd_scan, ssm_step
+from mmmamba.kernels import FusedOps, Impl, fused_ops, ssd_scan, ssm_step
 from mmmamba.layers import RopeTables
 from mmmamba.segments import Segments
 from mmmamba.state import D_CONV, MambaState
@@ -100,6 +100,9 @@ class Mamba2Mixer(nn.Module):
         segments: Segments | None = None,
     ) -> Tensor:
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
+        ops = fused_ops(x)
+        if ops is not None and segments is None:
+            return self._mix_fused(ops, x, state)
         batch, seqlen, _ = x.shape
         vkq, gate, dt = self.in_proj(x).split(self.splits, dim=-1)
         vkq = F.silu(self.conv(vkq, state, segments))
@@ -130,3 +133,24 @@ class Mamba2Mixer(nn.Module):
             if state is not None:
                 state.ssm_state.copy_(final)
         return self.norm(y, gate).reshape(batch, seqlen, -1)
+
+    def _mix_fused(self, ops: FusedOps, x: Tensor, state: MambaState | None) -> Tensor:
+        """As `mix`, with everything between products and scan in one launch each."""
+        batch, seqlen, _ = x.shape
+        u = self.in_proj(x)
+        conv_dim, hidden, _ = self.splits
+        conv_state = x.new_zeros(batch, conv_dim, D_CONV - 1) if state is None else state.conv_state
+        taps = self.conv.weight[:, 0].contiguous()
+        vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden)
+        v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.conv_splits, dim=-1))
+        A = -torch.exp(self.A_log.float())
+        if state is not None and seqlen == 1:
+            y = ssm_step(v[:, 0], dt[:, 0], A, k[:, 0], q[:, 0], state.ssm_state)[:, None]
+        else:
+            initial = None if state is None else state.ssm_state
+            given = {"chunk_size": self.chunk_size, "need_state": state is not None, "impl": self.impl}
+            y, final = ssd_scan(v, dt, A, k, q, initial, **given)  # type: ignore[arg-type]
+            if state is not None:
+                state.ssm_state.copy_(final)
+        gate = u[..., conv_dim : conv_dim + hidden]
+        return ops.gated_norm(y.contiguous(), gate, self.norm.weight, GATE_NORM_EPS)

@@ -57,16 +57,20 @@ class KVState:
         """Write new keys and values (batch, num_kv_heads, n, head_dim) at `seqlen`; returns views of all so far."""
         end = seqlen + k.shape[2]
         if end > self.k_cache.shape[2]:
-            capacity = -(-end // KV_BLOCK) * KV_BLOCK
-            # A plain tensor even under `prefill`'s inference mode: such tensors could not be written to outside of it.
-            with torch.inference_mode(False):
-                self.k_cache, self.v_cache = (
-                    torch.cat([t[:, :, :seqlen], t.new_zeros(*t.shape[:2], capacity - seqlen, t.shape[3])], dim=2)
-                    for t in (self.k_cache, self.v_cache)
-                )
+            self.move_(seqlen, end)
         self.k_cache[:, :, seqlen:end] = k
         self.v_cache[:, :, seqlen:end] = v
         return self.k_cache[:, :, :end], self.v_cache[:, :, :end]
+
+    def move_(self, seqlen: int, end: int) -> None:
+        """To memory of its own with room for `end` positions, in whole blocks; `seqlen` of them are filled."""
+        capacity = -(-end // KV_BLOCK) * KV_BLOCK
+        # A plain tensor even under `prefill`'s inference mode: such tensors could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.k_cache, self.v_cache = (
+                torch.cat([t[:, :, :seqlen], t.new_zeros(*t.shape[:2], capacity - seqlen, t.shape[3])], dim=2)
+                for t in (self.k_cache, self.v_cache)
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         return {"k_cache": self.k_cache, "v_cache": self.v_cache}
@@ -167,6 +171,14 @@ class DecodeState:
         return DecodeState(
             self.fingerprint, copy(self.embedding), copy(self.language), self.pending.clone(), self.num_image_tokens
         )
+
+    def reserve_(self, seqlens: tuple[int, int]) -> None:
+        """Room in the caches for so many positions of (embedding stack, language model): a long prompt that is read in
+        pieces then moves them once, not with every piece."""
+        for stack, end in zip(self.stacks, seqlens, strict=True):
+            for layer in stack.layers:
+                if isinstance(layer, KVState) and end > layer.k_cache.shape[2]:
+                    layer.move_(stack.seqlen, end)
 
     def fork(self) -> DecodeState:
         """A state to go on from, leaving this one as it is: like `clone`, but keys and values are shared, not copied.

@@ -309,6 +309,7 @@ def fresh_choice() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_choice")
 def test_the_choice_and_its_reason(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mmmamba.kernels.ssd_op", None)  # as if there were no Triton
     assert select_scan("cpu", "reference") is ssd_scan_ref
     assert select_scan("cpu", "chunked") is ssd_scan_chunked
     with caplog.at_level(logging.INFO, logger="mmmamba.kernels"):
@@ -316,13 +317,13 @@ def test_the_choice_and_its_reason(caplog: pytest.LogCaptureFixture, monkeypatch
             assert select_scan("cpu") is ssd_scan_chunked
             assert select_scan("cuda") is ssd_scan_chunked
     assert len(caplog.messages) == 2
-    assert caplog.messages[0] == "chunk scan: torch chunked (device is cpu, mamba-ssm needs cuda)"
-    assert caplog.messages[1].startswith("chunk scan: torch chunked (mamba-ssm does not import: ModuleNotFoundError: ")
+    needs = "device is cpu, our Triton scan needs cuda; device is cpu, mamba-ssm needs cuda"
+    assert caplog.messages[0] == f"chunk scan: torch chunked ({needs})"
+    assert caplog.messages[1].startswith("chunk scan: torch chunked (Triton does not import: ModuleNotFoundError: ")
     scan, reason = load_upstream_scan()
     assert scan is None
     assert reason in caplog.messages[1]
     caplog.clear()
-    monkeypatch.setitem(sys.modules, "mmmamba.kernels.ssd_op", None)  # as if there were no Triton
     with caplog.at_level(logging.INFO, logger="mmmamba.kernels"):
         assert select_scan("cuda", training=True) is ssd_scan_chunked
         assert select_scan("cpu", training=True) is ssd_scan_chunked
@@ -347,6 +348,7 @@ def test_a_broken_upstream_build_is_a_reason_not_a_crash(monkeypatch: pytest.Mon
         def __getattr__(self, name: str) -> Any:
             raise OSError("libcudart.so.12: cannot open shared object file")
 
+    monkeypatch.setitem(sys.modules, "mmmamba.kernels.ssd_op", None)
     fake_upstream(monkeypatch, Broken("mamba_ssm.ops.triton.ssd_combined"))
     assert select_scan("cuda") is ssd_scan_chunked
     assert load_upstream_scan()[1].startswith("mamba-ssm does not import: OSError: libcudart")

@@ -171,6 +171,7 @@ def zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.syspath_prepend(str(FAKE_SPACES))
     token = LocalContext.request.set(gr.Request())
+    monkeypatch.setenv("MMMAMBA_DECODER", "auto")  # what a worker sets ends with it, but here it is this process
     yield ZeroGPU()
     LocalContext.request.reset(token)
     sys.modules.pop("spaces", None)

@@ -23,7 +23,11 @@ pytest.importorskip("triton", reason="Triton is not installed; the kernels were 
 if torch.cuda.is_available():
     pytest.skip("the interpreter's tests; test_kernels_cuda.py runs the kernels on this GPU", allow_module_level=True)
 
-from mmmamba.kernels.ssd_op import ssd_scan_triton
+from tests.interpreter import require_triton
+
+require_triton()
+
+from mmmamba.kernels.ssd_op import ssd_scan_triton  # noqa: E402
 
 NAMES = ("y", "state", *(f"gradient of {name}" for name in Inputs._fields))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmmamba.config import ModelConfig
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
 from mmmamba.model import MMMamba
-from mmmamba.state import KV_BLOCK, DecodeState
+from mmmamba.state import KV_BLOCK, DecodeState, KVState
 from tests.helpers import (
     FIXTURES,
     FOLDERS,
@@ -29,7 +29,9 @@ from tests.helpers import (
     golden_cases,
     golden_config,
     golden_model,
+    random_model,
     random_tiles,
+    tiny_raw,
 )
 
 FLOAT64 = TOLERANCE[torch.float64]
@@ -346,3 +348,18 @@ def test_share_with_a_shorter_state_is_refused() -> None:
     prefill(model, ModelInputs(torch.tensor([[5, 6, 7]])), long)
     with pytest.raises(ValueError, match="did not go on"):
         long.share_(short)
+
+
+def test_room_for_a_prompt_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in pieces, a long prompt moves each cache once, and ends in memory of the size that it ends in anyhow."""
+    model = random_model(tiny_raw(teacher=True), dtype=torch.float32)
+    ids = torch.randint(0, 40, (1, KV_BLOCK + 20), generator=torch.Generator().manual_seed(0))
+    whole, pieces = model.new_state(), model.new_state()
+    prefill(model, ModelInputs(ids), whole, piece_size=1024)
+    moves = []
+    move = KVState.move_
+    monkeypatch.setattr(KVState, "move_", lambda self, *args: (moves.append(args), move(self, *args)))
+    prefill(model, ModelInputs(ids), pieces, piece_size=100)
+    assert moves == [(0, KV_BLOCK + 20)] * 5, "one a layer"
+    assert pieces.nbytes == whole.nbytes
+    assert_same_state(pieces, whole, 1e-5)

@@ -3,6 +3,9 @@
     ssd_scan(x, dt, A, B, C, initial_state)  a chunk of tokens from a carried state
     ssm_step(x, dt, A, B, C, ssm_state)      one token
     segment_attention(q, k, v, segments)     softmax attention over packed rows, for the layers that keep it
+    fused_ops(x)                             norms, gates and convolution in one launch each, or None for torch's own
+
+Kernels of a decoding step are chosen as a whole, by `mmmamba.decoder`.
 
 The first two compute h <- exp(dt A) h + (dt x) B^T, y = h C per head (Mamba-2, arXiv:2405.21060). In a mixer seeded
 from attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` heads and dt, C and the state with
@@ -12,16 +15,17 @@ from attention x, B and C are V, K and Q, so x and B come with `num_kv_heads` he
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.reference import ssd_scan_ref, ssm_step_ref
-from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, load_varlen, product_dtype
+from mmmamba.kernels.segmented import VARLEN_DTYPES, attend_masked, infers_on_cuda, load_varlen, product_dtype
 from mmmamba.kernels.upstream import load_upstream_scan
 from mmmamba.segments import Segments
 
@@ -29,10 +33,18 @@ SegmentImpl = Literal["auto", "masked", "varlen"]
 Impl = Literal["auto", "reference", "chunked", "triton", "mamba_ssm"]
 ScanFn = Callable[..., tuple[Tensor, Tensor]]
 
+# In the environment: "plain" has prompts read and tokens decoded by torch's operators and the chunk scan alone.
+SWITCH = "MMMAMBA_DECODER"
+MAX_DIFFERENCE = 1e-3  # of fused operators from torch in float32: rounding is below 1e-5, a wrong kernel about 1
+
 log = logging.getLogger(__name__)
 
 __all__ = [
+    "SWITCH",
+    "FusedOps",
     "Impl",
+    "fused_ops",
+    "infers_on_cuda",
     "segment_attention",
     "select_scan",
     "select_segment_attention",
@@ -43,10 +55,49 @@ __all__ = [
 ]
 
 
+class FusedOps(Protocol):
+    """The functions of `kernels.pointwise`."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def swiglu(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def mix_inputs(
+        self, u: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, hidden_size: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+def fused_ops(x: Tensor) -> FusedOps | None:
+    """Fused kernels for layers that get x, or None where torch's operators are to be taken: off CUDA, outside of
+    inference mode, for float64, under autocast or a compiler, and where the environment says so."""
+    if not infers_on_cuda(x) or x.dtype == torch.float64 or torch.is_autocast_enabled("cuda"):
+        return None
+    return None if os.environ.get(SWITCH) == "plain" else _load_pointwise(x.device)
+
+
+@cache
+def _load_pointwise(device: torch.device) -> FusedOps | None:
+    """Chosen once for a device and logged with the reason, after a look at what the kernels compute there."""
+    try:
+        from mmmamba.kernels import pointwise
+
+        difference = pointwise.disagreement(device)
+    except Exception as error:  # as for the scans: whatever a broken build or compiler raises means "not here"
+        log.info("norms and gates: torch (Triton fails: %s: %s)", type(error).__name__, error)
+        return None
+    if not difference <= MAX_DIFFERENCE:
+        log.warning("norms and gates: torch (the fused ones differ by %.2g on this card)", difference)
+        return None
+    log.info("norms and gates: fused")
+    return pointwise
+
+
 @cache
 def select_scan(device_type: str, impl: Impl = "auto", training: bool = False) -> ScanFn:
-    """The chunk scan for a device, chosen once and logged with the reason: on CUDA mamba-ssm's where it imports; to
-    train our own first, whose backward pass needs no minutes of tuning before the first step.
+    """The chunk scan for a device, chosen once and logged with the reason: on CUDA our own, which takes few launches
+    and no minutes of tuning before the first call; mamba-ssm's where Triton's import fails and its own does not.
 
     Raises: ValueError if `impl` is unknown, or names an implementation that cannot run here.
     """
@@ -58,7 +109,7 @@ def select_scan(device_type: str, impl: Impl = "auto", training: bool = False) -
         raise ValueError(f'impl "{impl}" is not known; use "auto", "reference", "chunked", "triton" or "mamba_ssm"')
     reasons = []
     for name, (what, load) in _LOADERS.items():
-        if impl not in ("auto", name) or (impl == "auto" and name == "triton" and not training):
+        if impl not in ("auto", name):
             continue
         if device_type != "cuda":
             reasons.append(f"device is {device_type}, {what} needs cuda")

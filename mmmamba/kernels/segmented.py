@@ -54,3 +54,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of `x` computes in; autocast does not reach into operators that are not torch's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def infers_on_cuda(x: Tensor) -> bool:
+    """Whether x is on the current GPU, no gradient can be asked for, and no compiler traces (it cannot, past here)."""
+    if torch.compiler.is_compiling() or not x.is_cuda or not torch.is_inference_mode_enabled():
+        return False
+    return x.device.index == torch.cuda.current_device()  # Triton launches there, wherever its tensors are

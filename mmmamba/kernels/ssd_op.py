@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmmamba.kernels import ssd_triton
+from mmmamba.kernels import fused_ops, ssd_triton
 from mmmamba.kernels.chunked import ssd_scan_chunked
+from mmmamba.kernels.pointwise import chunk_steps
 from mmmamba.kernels.reference import check_state
-from mmmamba.kernels.segmented import product_dtype
+from mmmamba.kernels.segmented import infers_on_cuda, product_dtype
 
 MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
@@ -47,6 +48,12 @@ def ssd_scan_triton(
         check_state(initial_state)
     narrow = (t.to(dtype) for t in (x, B, C))
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow)
+    if infers_on_cuda(x):
+        plan = _Plan.of(x, B, C, segment_ids, chunk_size)
+        fused = fused_ops(x) is not None
+        steps = chunk_steps(dt.float(), A.float(), plan.chunk_len) if fused else plan.steps(dt.float(), A.float())
+        y, states = _launch(plan, x, B, C, *steps, initial_state, segment_ids, need_state)
+        return y, states[:, -1] if states.numel() else states
     y, final, _ = torch.ops.mmmamba.ssd_forward(
         x, dt.float(), A.float(), B, C, initial_state, segment_ids, chunk_size, need_state
     )
@@ -153,23 +160,37 @@ def _forward(
     """(y, state after the last token, states before every chunk and after the last); the latter two empty where there
     is no need for them."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    dt, cum = plan.steps(dt, A)
+    y, states = _launch(plan, x, B, C, *plan.steps(dt, A), initial_state, segment_ids, need_state)
+    # Results may not share memory.
+    final = states[:, -1].clone() if need_state and states.numel() else states.new_empty(0)
+    return y, final, states
+
+
+def _launch(
+    plan: _Plan,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    cum: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    need_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """The forward pass: y, and the states before every chunk and after the last, empty where there is no need."""
     seg = _segments(segment_ids, cum)
     with_states = _with_states(plan.num_chunks, initial_state, need_state)
-    states = final = cum.new_empty(0)
+    states = cum.new_empty(0)
     if with_states:
         states = plan.new_states(x)
         states[:, 0] = 0.0 if initial_state is None else initial_state
         plan.fill_states(states, x, B, cum, dt, seg, reverse=False)
-        final = states[:, -1].clone() if need_state else final.clone()
-    else:
-        final = final.clone()  # results may not share memory
     y = torch.empty(plan.batch, plan.seqlen, plan.num_heads, plan.head_dim, dtype=x.dtype, device=x.device)
     ssd_triton.scan_forward[plan.grid(plan.num_heads)](
         x, B, C, cum, dt, seg, states, y, *plan.sizes, plan.num_chunks, plan.num_heads // plan.groups,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], STATES=with_states, **plan.meta,
     )  # fmt: skip
-    return y, final, states
+    return y, states
 
 
 def _with_states(num_chunks: int, initial_state: Tensor | None, need_state: bool) -> bool:
