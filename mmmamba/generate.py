@@ -135,12 +135,9 @@ def prefill(
 @torch.inference_mode()
 def decode_one_token(model: MMMamba, token: Tensor, state: DecodeState) -> Tensor:
     """Feed one token a row, (batch,) int64, and advance `state`; returns logits (batch, vocab_size)."""
-    fused = decoder_for(model)
-    if fused is not None and fused.fits(token, state):
-        return fused.decode_one_token(token, state)
-    fast = cpu_decoder_for(model)
-    if fast is not None and fast.fits(token, state):
-        return fast.decode_one_token(token, state)
+    for fast in (decoder_for(model), cpu_decoder_for(model)):
+        if fast is not None and fast.fits(token, state):
+            return fast.decode_one_token(token, state)
     return model(token[:, None], None, state)[:, -1]
 
 

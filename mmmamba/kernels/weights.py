@@ -9,10 +9,12 @@ both   scales, zeros (out, in / group_size), any float type:     w = scale * q +
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mmmamba.packing import PackedWeight, split_groups
 
 Kind = Literal["dense", "int8", "int4"]
 # Weights in a 32-bit word of the packed kinds: the kernels read whole words, and take activations in so many phases.
@@ -84,7 +86,11 @@ def _is_power(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def from_packed(packed: Any) -> Weight:
+def _power_of_two_part(n: int) -> int:
+    return n & -n
+
+
+def from_packed(packed: PackedWeight) -> Weight:
     """A `mmmamba.packing.PackedWeight` (flat `qweight`, `scales`, `zeros`, `spec`), sharing its memory.
 
     Raises: ValueError for 6 bits, or for groups that the kernels cannot read.
@@ -94,6 +100,10 @@ def from_packed(packed: Any) -> Weight:
     if spec.bits not in kinds:
         raise ValueError(f"weights of {spec.bits} bits are for storage alone; use 8 or 4 to decode from them")
     rows, columns = spec.shape
+    # Groups that are no power of two in words, such as nano's 96, hold the same values in smaller ones.
+    if spec.group_size not in (columns, _power_of_two_part(spec.group_size)):
+        packed = split_groups(packed, _power_of_two_part(spec.group_size))
+        spec = packed.spec
     scales, zeros = (t.view(rows, columns // spec.group_size) for t in (packed.scales, packed.zeros))
     return Weight(kinds[spec.bits], packed.qweight.view(rows, -1), scales, zeros, spec.group_size)
 
