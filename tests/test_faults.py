@@ -257,6 +257,15 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
         train("test", Breaking(RuntimeError("something else")), CONFIG, batches("image"), None, tmp_path / "log")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to Ctrl-C: a shell has what it runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_stops_after_the_step_and_a_second_at_once(tmp_path: Path) -> None:
     stage = Stopping(3, a__weight=(2, 2))
     store = Checkpoints(tmp_path / "kept", {})

@@ -249,5 +249,5 @@ def test_a_change_in_one_sample_reaches_no_other() -> None:
                 hidden_states(model, prepare(packed(model, [[first, last]], tiles=2, seqlen=30), model.config))
                 for first in (piece(1, [3, -4, 5]), piece(2, [3, -4, 5]))
             )
-        assert_near(kind, one[:, 12:24], two[:, 12:24], 0.0 if kind == "hovle" else 1e-6)
+        assert_near(kind, one[:, 12:24], two[:, 12:24], 0.0 if kind == "hovle" else 3e-6)
         assert not torch.equal(one[:, :12], two[:, :12])

@@ -92,7 +92,7 @@ def test_the_end_is_said_before_it_is_reached(student: MMMamba, teacher: MMMamba
 
 
 def test_time_is_planned_too(student: MMMamba) -> None:
-    sweep = sweep_of(student, contexts=(600, 10**6), budget_s=60)
+    sweep = sweep_of(student, contexts=(600, 10**9), budget_s=60)
     events = list(sweep.run())
     assert len(points(events)) == 1
     assert isinstance(events[-1], Skipped)
