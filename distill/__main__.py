@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.processes = Processes.join()
     try:
         args.run(args)
+        args.processes.wait()  # one that leaves takes its connections along, which others may still be reading
     finally:
         args.processes.leave()
 

@@ -74,7 +74,8 @@ class Processes:
 
     def wait(self) -> None:
         """Until all have come here."""
-        self.first(0.0)
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(()))  # of a broadcast the sender does not wait for anybody
 
     def leave(self) -> None:
         """End of a run."""

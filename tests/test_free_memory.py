@@ -11,12 +11,16 @@ from mmmamba import memory
 
 
 def test_free_memory_falls_by_what_is_taken() -> None:
-    before = memory.free_memory_bytes()
-    if before is None:
-        return  # this system does not tell
-    held = [torch.ones(2**26) for _ in range(2)]  # 512 MiB
-    assert before - memory.free_memory_bytes() > 2**28
-    assert held[0][0] == 1
+    falls = []
+    for _ in range(5):  # what others give back meanwhile may hide it once
+        before = memory.free_memory_bytes()
+        if before is None:
+            return  # this system does not tell
+        held = [torch.ones(2**26) for _ in range(2)]  # 512 MiB
+        falls.append(before - memory.free_memory_bytes())
+        assert held[0][0] == 1
+        del held
+    assert max(falls) > 2**28
 
 
 def test_a_container_may_have_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
