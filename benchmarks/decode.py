@@ -335,11 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    load = machine.load_average()
-    bandwidth = machine.memory_bandwidth(device)
-    print(f"{machine.device_name(device)}; torch {torch.__version__}; memory bandwidth {bandwidth / 1e9:.1f} GB/s")
-    if load is not None and load > 0.5:
-        print(f"The machine is busy (load {load:.1f}): the times below are worth little.", file=sys.stderr)
+    bandwidth, load = machine.measured(device)
     # Small ids: text in every vocabulary, and the speed does not depend on them.
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 128, (args.batch, args.contexts[-1]), generator=draw).to(device)

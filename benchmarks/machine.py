@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "device_name",
     "device_slug",
     "load_average",
+    "measured",
     "memory_bandwidth",
     "peak_flops",
     "peak_memory_bytes",
@@ -56,3 +58,13 @@ def peak_flops(device: torch.device) -> float | None:
 def load_average() -> float | None:
     """Processes that wanted to run in the last minute, on average; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def measured(device: torch.device) -> tuple[float, float | None]:
+    """Memory bandwidth in bytes/s and the load before that, both printed; a busy machine is warned of."""
+    load = load_average()
+    bandwidth = memory_bandwidth(device)
+    print(f"{device_name(device)}; torch {torch.__version__}; memory bandwidth {bandwidth / 1e9:.1f} GB/s")
+    if load is not None and load > 0.5:
+        print(f"The machine is busy (load {load:.1f}): the times below are worth little.", file=sys.stderr)
+    return bandwidth, load

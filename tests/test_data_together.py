@@ -84,3 +84,10 @@ def test_rows_hold_both_pictures_and_a_stream_goes_on_where_it_stopped(tokenizer
     assert all("Image-2: " in label for label in labels)
     later = Mixture([(Shapes("train"), 1.0)], rows, batch_size=3, joined=True, start=2)
     assert next(iter(later)).input_ids.equal(batch.input_ids)
+
+
+def test_a_name_keeps_its_capital_where_the_picture_is_named_first() -> None:
+    chart = Sample(Image.new("RGB", (9, 9)), (("Sat?", "4."), ("Is it Sat?", "No.")), "chart")
+    asked = [q for seed in range(60) for q, _ in join([chart, chart], random.Random(seed), chars=400).turns]
+    assert any(q.endswith("picture: is it Sat?") for q in asked)
+    assert not any("sat?" in q for q in asked)

@@ -11,6 +11,32 @@ _BACK = 0.3  # how often a later question goes back to the first picture
 _AT_ONCE = 0.3  # how often all pictures come with the first question
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 MOST_PICTURES = len(_ORDINALS)
+_USUAL_BEGINNINGS = frozenset(
+    (
+        "What",
+        "What's",
+        "Which",
+        "Who",
+        "Whose",
+        "Where",
+        "How",
+        "Is",
+        "Are",
+        "Do",
+        "Does",
+        "Did",
+        "Can",
+        "Could",
+        "Would",
+        "Read",
+        "Describe",
+        "Count",
+        "Name",
+        "Tell",
+        "List",
+        "Look",
+    )
+)
 # What a turn costs beside its characters: roles, ends, line breaks.
 _TURN_CHARS = 30
 
@@ -65,8 +91,8 @@ def _about(number: int, turn: QA, rng: random.Random) -> QA:
     """The turn with words that say which picture is meant, counted from 0."""
     question, answer = turn
     ordinal = _ORDINALS[number]
-    # A question that begins with a name or with what is to be read keeps its capital.
-    small = question[:1].lower() + question[1:] if question.split(" ")[0].istitle() else question
+    # A question may also begin with a name, which keeps its capital.
+    small = question[:1].lower() + question[1:] if question.split(" ")[0] in _USUAL_BEGINNINGS else question
     form = rng.choice(
         (
             f"Image-{number + 1}: {question}",
