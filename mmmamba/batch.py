@@ -31,9 +31,10 @@ from mmmamba.state import DecodeState, KVState, LayerState, StackState
 from mmmamba.together import joined, prefill_together, reads_any_length
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
 
-# Tokens of the embedding stack that are read in one pass: enough for products to run at their best. Longer prompts are
-# read alone, in pieces.
-READ_TOKENS = 2048
+# Tokens of the embedding stack that are read in one pass on a CPU (where more than this is no faster) and on a GPU.
+# Longer prompts are read alone, in pieces.
+CPU_TOGETHER = 512
+GPU_TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Batch:
             raise ValueError(f"a batch of {size} rows cannot answer; use 1 or more")
         self.model, self.tokenizer, self.size, self._plain = model, tokenizer, size, plain
         self._any_length = reads_any_length(model)
+        self._together = CPU_TOGETHER if model.device.type == "cpu" else GPU_TOGETHER
         self._stops = set(stop_token_ids(tokenizer, model.config))
         config = model.config
         banned = torch.zeros(config.language.vocab_size, dtype=torch.bool)
@@ -155,7 +157,7 @@ class Batch:
         """Fill `waiting` for so many free rows; yields the errors of questions that cannot be asked."""
         ahead = free if self._any_length else 2 * self.size
         # Pictures take memory: no more than can be read at once wait with theirs.
-        while len(waiting) < ahead and (not self._any_length or sum(p.lengths[0] for p in waiting) < READ_TOKENS):
+        while len(waiting) < ahead and (not self._any_length or sum(p.lengths[0] for p in waiting) < self._together):
             index, question = next(source, (-1, None))
             if question is None:
                 return
@@ -182,7 +184,7 @@ class Batch:
             first = rows[0].lengths if rows else next((prompt.lengths for prompt in waiting), None)
             fits = [prompt for prompt in waiting if prompt.lengths == first]
         fits = fits[: self.size - len(rows)]
-        taken = [fits[place] for place in joined([prompt.lengths[0] for prompt in fits], READ_TOKENS)]
+        taken = [fits[place] for place in joined([prompt.lengths[0] for prompt in fits], self._together)]
         for prompt in taken:
             waiting.remove(prompt)
         return taken

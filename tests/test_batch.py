@@ -130,7 +130,7 @@ def test_long_prompts_are_read_alone_and_few_wait(
     tiny_dir: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(request, "tiny_dir")
-    monkeypatch.setattr("mmmamba.batch.READ_TOKENS", 20)
+    monkeypatch.setattr("mmmamba.batch.CPU_TOGETHER", 20)
     monkeypatch.setattr("mmmamba.batch.prefill_together", lambda *args: pytest.fail("above the limit"))
     taken = 0
 
