@@ -229,10 +229,12 @@ CASES += [(33, 64, 8, 64), (50, 192, 8, 192), (100, 576, 8, 64), (31, 576, 8, 96
 
 
 @needs_library
-@pytest.mark.parametrize("flags", [(), ("-DMMMAMBA_PORTABLE",)], ids=["vectors", "portable"])
+@pytest.mark.parametrize(
+    "flags", [(), ("-DMMMAMBA_NO_AVX512",), ("-DMMMAMBA_PORTABLE",)], ids=["vectors", "short-vectors", "portable"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_with_packed_weights(case: tuple[int, int, int, int], flags: tuple[str, ...]) -> None:
-    """Both forms of the source, against float64; the exact product of what they round activations to is not far."""
+    """All forms of the source, against float64; the exact product of what they round activations to is not far."""
     lib = ctypes.CDLL(str(native.build(*flags)))
     lib.mmmamba_product.argtypes = LIB.mmmamba_product.argtypes
     lib.mmmamba_unpack.argtypes = LIB.mmmamba_unpack.argtypes
