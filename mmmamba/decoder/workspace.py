@@ -182,43 +182,37 @@ class Workspace:
         project(x, model.head, self.logits, **last, x_phases=phases, pdl=pdl)
 
     def _launch_many(self) -> None:
-        """Products on tensor cores; what adds to the residual stream leaves parts that `finish` sums and norms. What a
-        product reads is kept in the phases of its weight."""
+        """Products on tensor cores; what adds to the residual stream leaves parts that `finish` sums and norms."""
         model, pdl = self.model, self.pdl
         x, y, normed, alive = self.x, self.y, self.normed, self.draws.alive
-        # Norms in the order of the residual stream, each with the weight that reads what it leaves.
-        norms: list[tuple[Norm, Weight]] = []
-        for layer in model.layers:
-            norms += [(layer.norm, layer.in_proj), (layer.mlp.norm, layer.mlp.gate)]
-        norms.append((model.norm, model.head))
+        norms = [norm for layer in model.layers for norm in (layer.norm, layer.mlp.norm)] + [model.norm]
         embed(self.draws.token, model.text, model.special, x, pdl=pdl)
-        first, reader = norms[0]
-        finish(x, norm=first.weight, normed=normed, eps=first.eps, phases=phases_of(reader), pdl=pdl)
+        finish(x, norm=norms[0].weight, normed=normed, eps=norms[0].eps, pdl=pdl)
         at, entry = 1, 0
         for i, stack in enumerate(model.stacks):
             self._fill_turns(i)
             for j, layer in enumerate(stack.layers):
                 u = self.u[layer.in_proj.shape[0]]
-                given: dict[str, Any] = {"x_phases": phases_of(layer.in_proj), "pdl": pdl}
                 if isinstance(layer, MambaLayer):
-                    given |= {"mixer": layer.rows, "conv_table": self.tables[entry], "alive": alive}
-                product(normed, layer.in_proj, u, **given)
-                entry = self._mix(i, layer, u, entry, phases_of(layer.out_proj), ahead=None)
-                self._add(y, layer.out_proj, False, *norms[at])
+                    table = self.tables[entry]
+                    product(normed, layer.in_proj, u, mixer=layer.rows, conv_table=table, alive=alive, pdl=pdl)
+                else:
+                    product(normed, layer.in_proj, u, pdl=pdl)
+                entry = self._mix(i, layer, u, entry, 1, ahead=None)
+                self._add(y, layer.out_proj, unit=False, norm=norms[at])
                 mlp = layer.mlp
-                h, h_phases = self.h[mlp.gate.shape[0]], phases_of(mlp.down)
-                x_phases = phases_of(mlp.gate)
-                product(normed, mlp.gate, h, gated=mlp.up, x_phases=x_phases, out_phases=h_phases, pdl=pdl)
-                self._add(h, mlp.down, stack.unit and j == len(stack.layers) - 1, *norms[at + 1])
+                h = self.h[mlp.gate.shape[0]]
+                product(normed, mlp.gate, h, gated=mlp.up, pdl=pdl)
+                self._add(h, mlp.down, unit=stack.unit and j == len(stack.layers) - 1, norm=norms[at + 1])
                 at += 2
-        product(normed, model.head, self.logits, x_phases=phases_of(model.head), pdl=pdl)
+        product(normed, model.head, self.logits, pdl=pdl)
 
-    def _add(self, y: Tensor, weight: Weight, unit: bool, norm: Norm, reader: Weight) -> None:
-        """x += W y, and `normed` after it for the weight that reads it."""
+    def _add(self, y: Tensor, weight: Weight, *, unit: bool, norm: Norm) -> None:
+        """x += W y, and `normed` after it."""
         parts = self.parts[gemm_shape(weight, self.device, split=True).splits]
-        product(y, weight, parts, x_phases=phases_of(weight), pdl=self.pdl)
+        product(y, weight, parts, pdl=self.pdl)
         given: dict[str, Any] = {"norm": norm.weight, "normed": self.normed, "eps": norm.eps}
-        finish(self.x, parts=parts, unit=unit, **given, phases=phases_of(reader), pdl=self.pdl)
+        finish(self.x, parts=parts, unit=unit, **given, pdl=self.pdl)
 
     def _fill_turns(self, stack: int) -> None:
         turns = self.turns[stack]

@@ -3,8 +3,6 @@
 One program owns BLOCK_N rows of W and all rows of x (BLOCK_M), and walks over K (or over one of SPLITS parts of it)
 with several tiles in flight. W is the left operand, so that few rows of x fill a tensor-core tile with rows of W. An
 epilogue of "parts" leaves the sums of its part of K, which `rows.finish` adds in a fixed order.
-Packed weights are read in whole words, as in `gemv.py`: number J of every word of a tile is one operand, and x comes in
-phases (`weights.to_phases`), so that what it meets lies side by side and no bits change places between threads.
 Each row of x meets the same operations in the same order whatever the other rows hold.
 Bytes to move: W once, `Weight.nbytes`; x once a program, from L2: BLOCK_N is wide where x is long.
 """
@@ -12,7 +10,6 @@ Bytes to move: W once, `Weight.nbytes`; x once a program, from L2: BLOCK_N is wi
 from __future__ import annotations
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: SIM108 (a conditional expression of Triton evaluates both sides)
 # Triton reads the annotations of a kernel as marks of compile-time constants, so its pointers and numbers have none.
 from dataclasses import dataclass
 
@@ -22,19 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.kernels.gemv import (
-    BITS,
-    MAGIC,
-    MixerRows,
-    _as_float,
-    mixer_numbers,
-    mixer_rows,
-    phase_index,
-    silu,
-    words_of,
-)
+from mmmamba.kernels.gemv import BITS, MixerRows, mixer_numbers, mixer_rows, silu
 from mmmamba.kernels.launch import multiprocessors, next_power_of_2
-from mmmamba.kernels.weights import PHASES, Weight
+from mmmamba.kernels.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -52,52 +39,56 @@ def gemm_shape(weight: Weight, device: torch.device, *, split: bool = False, til
     """Enough programs to fill the card once, by splitting K where that is allowed, else by narrower blocks."""
     rows, columns = weight.shape
     programs = multiprocessors(device)
-    packed = weight.kind != "dense"
-    # Every program reads all of x: of packed weights that would be more than the weights themselves in narrow blocks.
-    block_n = 64 if tiles == 1 or packed else 32
-    least = 16 * PHASES[weight.kind]  # of a product on tensor cores: 16 words
-    block_k = max(least, min(128, next_power_of_2(columns)))
+    block_n = 64 if tiles == 1 else 32
+    # Groups are at least as long as a step, so that a step meets one scale a row.
+    grouped = weight.kind != "dense" and weight.group_size != columns
+    block_k = min(weight.group_size, 128) if grouped else 64 if weight.kind == "int4" else 128
+    block_k = max(16, min(block_k, next_power_of_2(columns)))
     splits = 1
     if split:
         while splits < 8 and -(-rows // block_n) * splits * 2 <= programs and columns // (splits * 2) >= 2 * block_k:
             splits *= 2
     while block_n > 16 and -(-rows // block_n) * splits * 2 <= programs:
         block_n //= 2
-    return GemmShape(block_n, block_k, splits, 4, 3 if packed else 4)
+    return GemmShape(block_n, block_k, splits, 4, 4)
 
 
 @triton.jit
-def _scale_of_words(table, n, w, mask, K: tl.constexpr, GROUP: tl.constexpr, PHASES: tl.constexpr):
-    """The scale or zero that each word (BLOCK_N, BLOCK_W) of grouped weights has."""
-    place = n[:, None] * (K // GROUP) + (w * PHASES // GROUP)[None, :]
-    return tl.load(table + place, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _number(words, magic, scale, zero, J: tl.constexpr, BITS: tl.constexpr, WHOLE_ROWS: tl.constexpr):
-    """Weight J of every word; of whole rows as the integer that it is (the scale follows behind the sums)."""
-    UNIT: tl.constexpr = 2.0 if BITS == 8 else 16.0 if J % 2 == 0 else 1.0  # as in `gemv._dot`
-    value = _as_float(words, magic, J, BITS)
-    if WHOLE_ROWS:
-        return (value - 128.0) * UNIT
+def _tile(
+    w, scales, zeros, n, k0, n_ok, kind,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W[n, k0 : k0 + BLOCK_K] in the type of x; 8 bits in whole rows stay as they are (`_scaled` follows)."""
+    if BITS == 4:
+        half = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+        mask = n_ok[:, None] & (half < K // 2)[None, :]
+        q = tl.load(w + n[:, None] * (K // 2) + half[None, :], mask, other=0)
+        q = tl.reshape(tl.join(q & 0xF, q >> 4), [BLOCK_N, BLOCK_K])
     else:
-        return value * (scale * UNIT) + (zero - 128.0 * UNIT * scale)
+        k = k0 + tl.arange(0, BLOCK_K)
+        q = tl.load(w + n[:, None] * K + k[None, :], n_ok[:, None] & (k < K)[None, :], other=0)
+    if BITS == 16 or GROUP == K:
+        return q.to(kind)
+    else:
+        # Groups are at least as long as a step, so a step meets one scale a row.
+        place = n * (K // GROUP) + k0 // GROUP
+        inside = n_ok & (k0 < K)  # parts of K may end behind it
+        scale = tl.load(scales + place, inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + place, inside, other=0.0).to(tl.float32)
+        return (q.to(tl.float32) * scale[:, None] + zero[:, None]).to(kind)
 
 
 @triton.jit
 def gemm(
-    x, w, scales, zeros, w2, scales2, zeros2, out, conv_weight, conv_bias, dt_bias, conv_table, alive, N, magic,
+    x, w, scales, zeros, w2, scales2, zeros2, out, conv_weight, conv_bias, dt_bias, conv_table, alive, N,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, EPILOGUE: tl.constexpr,
-    X_PHASES: tl.constexpr, OUT_PHASES: tl.constexpr, OUT_LENGTH: tl.constexpr,
-    CONV: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    CONV: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (ROWS, N) from x (ROWS, K), or (SPLITS, ROWS, N) with the epilogue "parts"; see the module."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    PHASES: tl.constexpr = 1 if BITS == 16 else 32 // BITS
-    WORDS: tl.constexpr = K // PHASES
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     n_ok = n < N
@@ -107,43 +98,20 @@ def gemm(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc2 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     x_sum = tl.zeros([BLOCK_M], tl.float32)
-    PART: tl.constexpr = ((WORDS + BLOCK_W - 1) // BLOCK_W + SPLITS - 1) // SPLITS * BLOCK_W
+    PART: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
     start = tl.program_id(1) * PART
     kind = x.dtype.element_ty
-    for step in tl.range(0, PART // BLOCK_W, num_stages=STAGES):
-        word = start + step * BLOCK_W + tl.arange(0, BLOCK_W)
-        word_ok = word < WORDS
-        mask = n_ok[:, None] & word_ok[None, :]
-        place = n_wide[:, None] * WORDS + word[None, :]
-        tile = tl.load(w + place, mask, other=0)
-        scale, zero, scale2, zero2 = 0.0, 0.0, 0.0, 0.0
-        if BITS != 16 and not WHOLE_ROWS:
-            scale = _scale_of_words(scales, n_wide, word, mask, K, GROUP, PHASES)
-            zero = _scale_of_words(zeros, n_wide, word, mask, K, GROUP, PHASES)
+    for step in tl.range(0, PART // BLOCK_K, num_stages=STAGES):
+        k0 = start + step * BLOCK_K
+        k = k0 + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x + m[None, :] * K + k[:, None], m_ok[None, :] & (k < K)[:, None], other=0.0)
+        if WHOLE_ROWS:
+            x_sum += tl.sum(x_tile.to(tl.float32), axis=0)
+        tile = _tile(w, scales, zeros, n_wide, k0, n_ok, kind, K, BITS, GROUP, BLOCK_N, BLOCK_K)
+        acc = tl.dot(tile, x_tile, acc, input_precision="ieee")
         if EPILOGUE == "swiglu":
-            tile2 = tl.load(w2 + place, mask, other=0)
-            if BITS != 16 and not WHOLE_ROWS:
-                scale2 = _scale_of_words(scales2, n_wide, word, mask, K, GROUP, PHASES)
-                zero2 = _scale_of_words(zeros2, n_wide, word, mask, K, GROUP, PHASES)
-        for j in tl.static_range(PHASES):
-            if X_PHASES == PHASES:
-                at = j * WORDS + word
-            else:
-                at = phase_index(word * PHASES + j, K, X_PHASES)
-            x_tile = tl.load(x + m[None, :] * K + at[:, None], m_ok[None, :] & word_ok[:, None], other=0.0)
-            if WHOLE_ROWS:
-                x_sum += tl.sum(x_tile.to(tl.float32), axis=0)
-            if BITS == 16:
-                left = tile
-            else:
-                left = _number(tile, magic, scale, zero, j, BITS, WHOLE_ROWS).to(kind)
-            acc = tl.dot(left, x_tile, acc, input_precision="ieee")
-            if EPILOGUE == "swiglu":
-                if BITS == 16:
-                    left2 = tile2
-                else:
-                    left2 = _number(tile2, magic, scale2, zero2, j, BITS, WHOLE_ROWS).to(kind)
-                acc2 = tl.dot(left2, x_tile, acc2, input_precision="ieee")
+            tile = _tile(w2, scales2, zeros2, n_wide, k0, n_ok, kind, K, BITS, GROUP, BLOCK_N, BLOCK_K)
+            acc2 = tl.dot(tile, x_tile, acc2, input_precision="ieee")
     if WHOLE_ROWS:
         acc = acc * tl.load(scales + n, n_ok, other=0.0).to(tl.float32)[:, None]
         acc += tl.load(zeros + n, n_ok, other=0.0).to(tl.float32)[:, None] * x_sum[None, :]
@@ -151,11 +119,11 @@ def gemm(
             acc2 = acc2 * tl.load(scales2 + n, n_ok, other=0.0).to(tl.float32)[:, None]
             acc2 += tl.load(zeros2 + n, n_ok, other=0.0).to(tl.float32)[:, None] * x_sum[None, :]
     mask = n_ok[:, None] & m_ok[None, :]
-    at = m[None, :] * OUT_LENGTH + phase_index(n_wide, OUT_LENGTH, OUT_PHASES)[:, None]
+    at = m[None, :] * N + n_wide[:, None]
     if EPILOGUE == "swiglu":
         acc = silu(acc) * acc2
     if EPILOGUE == "parts":
-        at += tl.program_id(1).to(tl.int64) * ROWS * OUT_LENGTH
+        at += tl.program_id(1).to(tl.int64) * ROWS * N
     if EPILOGUE == "mixer":
         narrow = conv_bias.dtype.element_ty
         u = acc.to(narrow).to(tl.float32)  # as the state keeps it
@@ -179,17 +147,12 @@ def product(
     mixer: MixerRows | None = None,
     conv_table: Tensor | None = None,
     alive: Tensor | None = None,
-    x_phases: int = 1,
-    out_phases: int = 1,
     shape: GemmShape | None = None,
     pdl: bool = False,
 ) -> None:
-    """Write W x into `out`, as `gemv.project` for many rows, without norms.
+    """Write W x into `out`, as `gemv.project` for many rows, without norms and phases.
 
-    Args:
-        x: (rows, in_features) in `x_phases`; packed weights read their own number of phases fastest.
-        out: (rows, out_features) in `out_phases`, or (splits, rows, out_features) float32 for the sums of each part of
-            K.
+    Args: out: (rows, out_features), or (splits, rows, out_features) float32 for the sums of each part of K.
     """
     rows, columns = weight.shape
     parts = out.ndim == 3
@@ -197,15 +160,14 @@ def product(
     splits = out.shape[0] if parts else 1
     if x.shape[1] != columns or out.shape[-2:] != (x.shape[0], rows):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of shape {weight.shape}")
-    phases = PHASES[weight.kind]
-    if shape.block_k % (16 * phases):
-        raise ValueError(f"block_k={shape.block_k} of {weight.kind} weights must be a multiple of {16 * phases}")
+    if weight.kind != "dense" and weight.group_size != columns and weight.group_size % shape.block_k:
+        raise ValueError(f"block_k={shape.block_k} does not divide group_size={weight.group_size}")
     gemm[(-(-rows // shape.block_n), splits)](
         x,
-        words_of(weight),
+        weight.data,
         weight.scales,
         weight.zeros,
-        words_of(gated) if gated else None,
+        gated.data if gated else None,
         gated.scales if gated else None,
         gated.zeros if gated else None,
         out,
@@ -215,20 +177,16 @@ def product(
         conv_table,
         alive,
         rows,
-        MAGIC,
         K=columns,
         BITS=BITS[weight.kind],
         GROUP=weight.group_size,
         ROWS=x.shape[0],
         EPILOGUE="parts" if parts else "swiglu" if gated else "mixer" if mixer else "plain",
-        X_PHASES=x_phases,
-        OUT_PHASES=out_phases,
-        OUT_LENGTH=rows,
         CONV=mixer.conv_bias.shape[0] if mixer else 0,
         GATE=mixer.hidden_size if mixer else 0,
         BLOCK_N=shape.block_n,
         BLOCK_M=max(16, next_power_of_2(x.shape[0])),
-        BLOCK_W=shape.block_k // phases,
+        BLOCK_K=shape.block_k,
         SPLITS=splits,
         STAGES=shape.num_stages,
         PDL=pdl,

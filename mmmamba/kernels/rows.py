@@ -52,7 +52,7 @@ def embed_rows(
 def finish_rows(
     parts, x, norm, normed, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
-    PHASES: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x += sum of parts (in a fixed order); with UNIT x /= |x|; normed = RMSNorm(x) * norm."""
     if PDL:
@@ -72,7 +72,7 @@ def finish_rows(
         value = rounded.to(tl.float32)
         value *= tl.rsqrt(tl.sum(value * value, axis=0) / DIM + eps)
         value *= tl.load(norm + i, ok, other=0.0).to(tl.float32)
-        tl.store(normed + row * DIM + phase_index(i, DIM, PHASES), value.to(x.dtype.element_ty), ok)
+        tl.store(normed + row * DIM + i, value.to(x.dtype.element_ty), ok)
 
 
 def embed(
@@ -109,12 +109,11 @@ def finish(
     norm: Tensor | None = None,
     normed: Tensor | None = None,
     eps: float = 0.0,
-    phases: int = 1,
     pdl: bool = False,
 ) -> None:
     """Add `parts` (splits, rows, dim) float32 to x (rows, dim); scale rows to length 1 (`unit`); write the RMS norm
-    of what came out to `normed`, in `phases`. Changes: `x`, `normed`. In which phases x itself is does not matter
-    without a norm."""
+    of what came out to `normed`. Changes: `x`, `normed`. Order within a row does not matter, so
+    phases need not be told."""
     rows, dim = x.shape
     finish_rows[(rows,)](
         parts,
@@ -127,7 +126,6 @@ def finish(
         ROWS=rows,
         SPLITS=0 if parts is None else parts.shape[0],
         UNIT=unit,
-        PHASES=phases,
         PDL=pdl,
         num_warps=8 if dim >= 2048 else 4,
         launch_pdl=pdl,

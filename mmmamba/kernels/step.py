@@ -24,7 +24,7 @@ def ssm_step(
     u, A, norm, state_table, alive, out,
     ahead, ahead2, ahead_start, ahead_share, ahead_stop, eps, U_STRIDE,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, OUT_PHASES: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h <- exp(dt A) h + (dt v) k^T,  y = h q,  out = RMSNorm(y) * norm * gate.
 
@@ -40,9 +40,9 @@ def ssm_step(
     place = head * DIM * DIM + i[:, None] * DIM + i[None, :]
     mask = ok[:, None] & ok[None, :]
     h = tl.load(base + place, mask, other=0.0)
-    # As in `gemv`: what no kernel of a token writes is read before the wait.
-    decay = tl.load(A + head)
-    weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
+    if EARLY:  # as in `gemv`: what no kernel writes is read before the wait
+        decay = tl.load(A + head)
+        weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
     if ahead is not None:
         fetch_ahead(ahead, ahead_start, ahead_share, ahead_stop)
     if ahead2 is not None:
@@ -60,10 +60,14 @@ def ssm_step(
     gate = tl.load(u + 2 * KV + HIDDEN + head * DIM + i, ok, other=0.0)
     dt = tl.load(u + 2 * KV + 2 * HIDDEN + head)
     going = tl.load(alive + row) != 0
+    if not EARLY:
+        decay = tl.load(A + head)
     h = h * tl.exp(dt * decay) + (dt * v)[:, None] * k[None, :]
     tl.store(base + place, h, mask & going)
     y = tl.sum(h * q[None, :], axis=1)
     y *= tl.rsqrt(tl.sum(y * y, axis=0) / DIM + eps)
+    if not EARLY:
+        weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
     y *= weight * gate
     at = row * HIDDEN + phase_index(head * DIM + i, HIDDEN, OUT_PHASES)
     tl.store(out + at, y.to(out.dtype.element_ty), ok)
@@ -115,6 +119,7 @@ def step(
         DIM=dim,
         BLOCK=block,
         OUT_PHASES=out_phases,
+        EARLY=few,  # many have no registers left for it
         PDL=pdl,
         num_warps=warps,
         maxnreg=None if few else 128,
