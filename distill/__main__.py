@@ -115,7 +115,9 @@ def run_eval(args: argparse.Namespace) -> None:
     tasks = args.tasks.split(",") if args.tasks else None
     asked = held_out_questions(photos, count=args.count, tasks=tasks, **named)
     failure_count = args.failure_count if args.failures else 0
-    scores, failures = score(model, rows, asked, decode=args.decode, failure_count=failure_count)
+    scores, failures, readings = score(
+        model, rows, asked, decode=args.decode, failure_count=failure_count, readings=True
+    )
     report: dict[str, Any] = {
         "model": args.model,
         "kind": model.config.kind,
@@ -126,11 +128,9 @@ def run_eval(args: argparse.Namespace) -> None:
     brief |= {task: found.exact_match for task, found in scores.items()}
     if args.decode:
         brief["right"] = {t: round((s.right or 0) / s.count, 4) for t, s in scores.items() if s.count}
-    fonts = where.named.get("fonts")
-    if fonts and "printed_text" in scores:
-        count = min(args.count, 200)
-        brief["printed_text_cer"] = round(printed_error_rate(model, rows.tokenizer, count, fonts=fonts), 4)
-        report["printed_text_cer"] = {"rate": brief["printed_text_cer"], "count": count}
+    if readings:
+        brief["printed_text_cer"] = round(printed_error_rate(readings), 4)
+        report["printed_text_cer"] = {"rate": brief["printed_text_cer"], "count": len(readings)}
     if args.base:
         base = load_base(args.base).to(args.device).eval()
         moved = text_kl(model, base, rows.tokenizer, own_answers(where.text))
