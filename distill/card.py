@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.checkpoints import write_whole
+from distill.checkpoints import write_bytes_whole
 from distill.failures import PAGE
 from distill.tables import scores_table
 
@@ -77,8 +77,7 @@ def fill_card(card: Path, parts: Mapping[str, str]) -> None:
         begin, end = _marks(name)
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{content.strip()}\n{end}{rest.partition(end)[2]}"
-    encoded = text.encode()
-    write_whole(card, lambda file: file.write(encoded))
+    write_bytes_whole(card, text.encode())
 
 
 def _marks(name: str) -> tuple[str, str]:
