@@ -207,7 +207,7 @@ def _copy(source: Path, target: Path) -> None:
         write_whole(target, lambda out: shutil.copyfileobj(file, out))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m distill.data.build",
         description=__doc__,
@@ -220,7 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--offline", action="store_true", help="fetch nothing; say what is missing")
     parser.add_argument("--any-version", action="store_true", help="take sources that differ from nano's, and say so")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     failed = 0
     try:
         builder = Builder(args.out, args.given, offline=args.offline, any_version=args.any_version)
