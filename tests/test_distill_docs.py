@@ -115,7 +115,13 @@ def test_launchers_agree_to_what_the_page_asks() -> None:
         if args.num_machines > 1:
             assert args.main_process_ip
             assert args.main_process_port
-    assert kinds >= {(False, False, False), (True, False, False), (True, True, False), (True, False, True)}
+    assert kinds >= {
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+        (True, True, True),
+    }
 
 
 def test_the_recipe_of_the_page_can_be_read(tmp_path: Path) -> None:
@@ -128,12 +134,14 @@ def test_the_recipe_of_the_page_can_be_read(tmp_path: Path) -> None:
     assert yaml.safe_load(block)["softmax_layers"] == list(range(0, 32, 4)) == list(recipe.softmax_layers)
 
 
-def test_several_hosts(tmp_path: Path) -> None:
-    """The page's command for two hosts, each with a rank of its own, here two on one machine without GPUs."""
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "fsdp"])
+def test_several_hosts(spread: bool, tmp_path: Path) -> None:
+    """The page's commands for two hosts, each with a rank of its own, here two on one machine without GPUs."""
     teacher = save_tiny_teacher(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, image_sources={"shapes": 1}, stages={"stage1": STAGE | {"steps": 1}})
     main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")])
-    (words,) = [w for w in commands("docs/distill.md") if w[0] == "accelerate" and "--num_machines 2" in " ".join(w)]
+    launched = [w for w in commands("docs/distill.md") if w[0] == "accelerate" and "--num_machines 2" in " ".join(w)]
+    (words,) = [w for w in launched if ("--use_fsdp" in w) == spread]
     port, started = str(free_port()), []
     for rank in ("0", "1"):
         changed = {"--num_processes": "2", "--machine_rank": rank, "--main_process_ip": "127.0.0.1"}
