@@ -10,15 +10,15 @@ from typing import Any
 import gradio as gr
 
 from app import endpoints, panel, views
-from app.backend import DTYPES
 from app.chat import Metrics
 from app.engine import Engine
 from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.keeping import Keeping
 from app.likes import Likes
-from app.models import TEACHERS, sides_of
 from app.openai_api import OpenAIAPI
 from app.options import Options
+from app.precision import offered
+from app.sides import known_models, sides_of
 from app.theme import CSS_PATH, theme
 from app.video import EXTENSIONS
 
@@ -86,6 +86,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
     options = Options(engine.limits)
     handlers = Handlers(engine, options, None if page.likes is None else Likes(page.likes))
     sides = sides_of(engine.model, page.teacher)
+    engine.models.together = sides.names
     with gr.Blocks(title="mmMamba", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# mmMamba\n{INTRO}", elem_id="intro")
@@ -94,7 +95,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"), gr.Row(elem_id="main"):
                 inputs = _chat(demo, handlers, page, status)
             compare = panel.Panel(engine, sides, options, page.contexts)
-            if len(sides) > 1:
+            if len(sides.names) > 1:
                 with gr.Tab("Compare with the teacher", id="compare", elem_id="compare-tab"):
                     panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
         demo.unload(handlers.forget)
@@ -219,21 +220,27 @@ def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], store: gr.Br
 
 def _switching(handlers: Handlers, status: gr.HTML, notice: gr.HTML) -> None:
     """Another model or precision, for everybody on this server."""
-    known = sorted({*TEACHERS, *TEACHERS.values()} - {"nano"})
+    models = handlers.engine.models
     model = gr.Dropdown(
-        known,
-        value=handlers.engine.model if handlers.engine.model in known else "nano-linear",
+        known_models(),
+        value="nano-linear" if models.model == "nano" else models.model,
         allow_custom_value=True,
         label="Model",
         info="Bundled name, directory or hub id",
         elem_id="switch-model",
     )
-    dtype = gr.Dropdown(list(DTYPES), value="auto", label="Precision", elem_id="switch-dtype")
+    precision = gr.Dropdown(
+        offered(models.device),
+        value=models.precision,
+        label="Precision",
+        info="Of the weights; fewer bits take less memory and are read faster",
+        elem_id="switch-precision",
+    )
     need = gr.HTML("", elem_id="switch-need")
     load = gr.Button("Load", elem_id="switch-load")
-    gr.on([model.input, dtype.input], handlers.need, [model, dtype], need, queue=False, **PRIVATE)
-    load.click(handlers.need, [model, dtype], need, queue=False, **PRIVATE).then(
-        handlers.switch, [model, dtype], [load, status, notice], **PRIVATE
+    gr.on([model.input, precision.input], handlers.need, [model, precision], need, queue=False, **PRIVATE)
+    load.click(handlers.need, [model, precision], need, queue=False, **PRIVATE).then(
+        handlers.switch, [model, precision], [load, status, notice], **PRIVATE
     )
 
 

@@ -98,8 +98,8 @@ class FakeBackend:
 
     def __init__(self, word_s: float = 0.0, name: str = "fake") -> None:
         self.word_s = word_s
-        kind = "teacher" if "teacher" in name else "linear"
-        self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}")
+        kind = "teacher" if "teacher" in name else "hybrid" if "hybrid" in name else "linear"
+        self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}", "float32")
         self.key = f"{name}|cpu|float32"
         self.mover = FakeMover()
         self.read_again: list[str] = []
