@@ -63,11 +63,13 @@ class Comparison:
 
     @property
     def agreements(self) -> dict[str, Agreement]:
-        """Of every answer with the last one, by model, once all are whole."""
-        whole = [side for side in self.sides if side.stage == "done"]
-        if any(side.stage not in ("done", "failed") for side in self.sides):
+        """Of every answer with that of the last model, by model, once all are whole; a failed one has none."""
+        if not self.sides:
             return {}
-        return {side.name: agreement(side.text, whole[-1].text) for side in whole[:-1]}
+        *others, last = self.sides
+        if last.stage != "done" or any(side.stage not in ("done", "failed") for side in others):
+            return {}
+        return {side.name: agreement(side.text, last.text) for side in others if side.stage == "done"}
 
 
 class Compare:

@@ -30,9 +30,13 @@ class MemoryNeed:
         return self.free_bytes is None or self.needed_bytes < self.free_bytes
 
     def __str__(self) -> str:
-        free = "" if self.free_bytes is None else f", {self.free_bytes / 2**30:.1f} GiB are free"
+        free = "" if self.free_bytes is None else f", {_size(self.free_bytes)} are free"
         held = f" for weights in {self.precision}" if self.precision else ""
-        return f"needs {self.needed_bytes / 2**30:.1f} GiB of memory{held}{free}"
+        return f"needs {_size(self.needed_bytes)} of memory{held}{free}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{-(-num_bytes >> 20):,} MiB"
 
 
 def memory_need(model: str, device: Device, precision: Precision) -> MemoryNeed:

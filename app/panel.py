@@ -170,9 +170,9 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
     with gr.Row(elem_id="compare-ask"):
         box = gr.MultimodalTextbox(
             elem_id="compare-box",
-            label="Question to both models",
+            label="Question to the models",
             show_label=False,
-            placeholder="Ask both models about a picture …",
+            placeholder="Ask the models about a picture …",
             sources=["upload"],
             file_types=["image"],
             file_count="multiple",

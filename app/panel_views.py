@@ -15,7 +15,7 @@ from app.metrics import Figures
 KIND_NAMES = {"linear": "Student, linear", "hybrid": "Student, hybrid", "teacher": "Teacher, a transformer"}
 IN_TURN = "The models answer in turn on one device, so neither slows the other. What they share is in memory once."
 EMPTY_PANEL = (
-    '<div class="panel-hello"><b>Ask both models the same question.</b><br>'
+    '<div class="panel-hello"><b>Ask the models the same question.</b><br>'
     "The teacher is a transformer: with every token its memory and its time grow. The student, distilled from it, "
     "keeps a memory of constant size.</div>"
 )
@@ -31,7 +31,8 @@ def panel(view: Comparison) -> str:
         return f'<p class="panel-note" role="status">{escape(waiting(view.ahead, view.wait_s))}</p>'
     cards = "".join(_card(side) for side in view.sides)
     agreement = "".join(
-        f'<p class="panel-note">{escape(f"{name}: {says}" if len(view.agreements) > 1 else str(says))}</p>'
+        f'<p class="panel-note">{escape(f"{name} and {view.sides[-1].name}: " if len(view.sides) > 2 else "")}'
+        f"{escape(str(says))}</p>"
         for name, says in view.agreements.items()
     )
     return (

@@ -19,7 +19,6 @@ DTYPES: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 SCHEMES: tuple[Precision, ...] = ("int8", "int4", "bnb-int8", "bnb-nf4")  # of `quantize`, which imports torch
 PRECISIONS: tuple[Precision, ...] = ("auto", *DTYPES, *SCHEMES)
 LABELS: dict[str, str] = {
-    "auto": "auto: what suits model and machine",
     "int8": "int8: 8 bits",
     "int4": "int4: 4 bits",
     "bnb-int8": "LLM.int8(): 8 bits, by bitsandbytes",

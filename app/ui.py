@@ -44,7 +44,7 @@ HELLO = (
 ON_LOAD = """() => {
     const name = () => {
         document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
-        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to both models");
+        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to the models");
         for (const picture of document.querySelectorAll('#chat img[alt=""]'))
             picture.alt = decodeURIComponent(picture.src.split("/").pop());
     };
@@ -233,7 +233,7 @@ def _switching(handlers: Handlers, status: gr.HTML, notice: gr.HTML) -> None:
         offered(models.device),
         value=models.precision,
         label="Precision",
-        info="Of the weights; fewer bits take less memory and are read faster",
+        info="Of the weights; auto: 4 bits where that loses nothing",
         elem_id="switch-precision",
     )
     need = gr.HTML("", elem_id="switch-need")

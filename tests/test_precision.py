@@ -204,7 +204,7 @@ def test_the_old_model_stays_where_quantized_weights_do_not_fit(bundle_dir: Path
     engine = Engine(str(bundle_dir / "linear"), "cpu", need=need)
     before = engine.models.get()
     with pytest.raises(
-        EngineError, match=r"needs 1.0 GiB of memory for weights in int8, 0.5 GiB are free: it does not"
+        EngineError, match=r"needs 1.0 GiB of memory for weights in int8, 512 MiB are free: it does not"
     ):
         last(engine.switch(engine.model, "int8"))
     assert engine.models.current is before
@@ -230,7 +230,7 @@ def test_need_is_said_while_loading() -> None:
 
     models = Models("fake", "cpu", "int8", loader, lambda *_: MemoryNeed(2**28, 2**33, "int8"))
     models.get()
-    assert notes == ["needs 0.2 GiB of memory for weights in int8, 8.0 GiB are free"]
+    assert notes == ["needs 256 MiB of memory for weights in int8, 8.0 GiB are free"]
 
 
 # Memory needed
