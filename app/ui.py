@@ -23,14 +23,15 @@ from app.theme import CSS_PATH, theme
 from app.video import EXTENSIONS
 
 EXAMPLES_DIR = Path(__file__).with_name("examples")
-# (file in EXAMPLES_DIR, question): what the small model can really do.
-EXAMPLES = (
+# (file in EXAMPLES_DIR or none, question): what the small model can really do.
+EXAMPLES: tuple[tuple[str, str], ...] = (
     ("shapes.png", "How many circles are there?"),
     ("shapes.png", "What colour is the square?"),
     ("scene.png", "Describe the picture."),
     ("scene.png", "Are there more triangles than stars?"),
     ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
+    ("", "What is the capital of France?"),
 )
 COMPARED = (("scene.png", "Describe the picture."), ("shapes.png", "How many circles are there?"))
 INTRO = (
@@ -143,7 +144,9 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         clear = gr.Button("New chat", elem_id="clear")
         with gr.Row(elem_id="examples"):
             examples = [
-                gr.Button(question, icon=EXAMPLES_DIR / name, elem_id=f"example-{elem_id}", min_width=110)
+                gr.Button(
+                    question, icon=EXAMPLES_DIR / name if name else None, elem_id=f"example-{elem_id}", min_width=110
+                )
                 for elem_id, (name, question) in zip(_example_ids(), EXAMPLES, strict=True)
             ]
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -167,7 +170,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         chat.edit(handlers.edit, inputs, shown, **PRIVATE),
     ]
     for button, (name, question) in zip(examples, EXAMPLES, strict=True):
-        answers.append(button.click(handlers.example(question, [str(EXAMPLES_DIR / name)]), inputs, shown, **PRIVATE))
+        files = [str(EXAMPLES_DIR / name)] if name else []
+        answers.append(button.click(handlers.example(question, files), inputs, shown, **PRIVATE))
     for answer in answers:
         answer.success(None, js=FOCUS, **PRIVATE)
         answer.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
@@ -191,8 +195,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
 
 
 def _example_ids() -> list[str]:
-    """`shapes`, `shapes-2`, ...: the picture's name, numbered where it comes again."""
-    stems = [Path(name).stem for name, _ in EXAMPLES]
+    """`shapes`, `shapes-2`, ...: the picture's name, numbered where it comes again; `words` without a picture."""
+    stems = [Path(name).stem or "words" for name, _ in EXAMPLES]
     return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
 
 
