@@ -10,7 +10,7 @@ from mmmamba.config import StackConfig
 from mmmamba.kernels import FusedOps, Impl, fused_ops, ssd_scan, ssm_step
 from mmmamba.layers import RopeTables
 from mmmamba.segments import Segments
-from mmmamba.state import D_CONV, MambaState
+from mmmamba.state import D_CONV, MambaState, PaddedMambaState
 
 GATE_NORM_EPS = 1e-5
 
@@ -44,7 +44,11 @@ class CausalConv(nn.Module):
             padded = F.pad(x, (0, 0, D_CONV - 1, 0))
         else:
             padded = torch.cat([state.conv_state.mT, x], dim=1)
-            state.conv_state.copy_(padded[:, seqlen:].mT)
+            last = padded[:, seqlen:]
+            if isinstance(state, PaddedMambaState):
+                # `padded` is D_CONV - 1 = 1 position ahead of x: the last token stands where its row's length says.
+                last = padded.gather(1, state.lengths.long()[:, None, None].expand(-1, 1, padded.shape[2]))
+            state.conv_state.copy_(last.mT)
         taps = self.weight[:, 0]  # (dim, D_CONV)
         # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
         out: Tensor = self.bias
@@ -111,6 +115,9 @@ class Mamba2Mixer(nn.Module):
         q, gate = (t.reshape(batch, seqlen, self.num_heads, self.head_dim) for t in (q, gate))
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if isinstance(state, PaddedMambaState):
+            # A step of no length moves no state.
+            dt = torch.where((torch.arange(seqlen, device=x.device) < state.lengths[:, None])[..., None], dt, 0.0)
         A = -torch.exp(self.A_log.to(wide))
 
         if state is not None and seqlen == 1:
@@ -141,7 +148,8 @@ class Mamba2Mixer(nn.Module):
         conv_dim, hidden, _ = self.splits
         conv_state = x.new_zeros(batch, conv_dim, D_CONV - 1) if state is None else state.conv_state
         taps = self.conv.weight[:, 0].contiguous()
-        vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden)
+        lengths = state.lengths if isinstance(state, PaddedMambaState) else None
+        vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden, lengths)
         v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.conv_splits, dim=-1))
         A = -torch.exp(self.A_log.float())
         if state is not None and seqlen == 1:

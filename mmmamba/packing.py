@@ -45,6 +45,12 @@ class PackedWeight(NamedTuple):
     zeros: Tensor
     spec: PackedSpec
 
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows `start` to `stop` of a matrix, sharing memory. (6 bits: whole bytes hold 4 columns, as rows do.)"""
+        spec = PackedSpec(self.spec.bits, self.spec.group_size, (stop - start, self.spec.shape[1]))
+        qweight, scales, zeros = (t.view(self.spec.shape[0], -1)[start:stop].flatten() for t in self[:3])
+        return PackedWeight(qweight, scales, zeros, spec)
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return unpack(self.qweight, self.scales, self.zeros, self.spec, dtype)
 
