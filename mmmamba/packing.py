@@ -3,6 +3,7 @@ an offset a group. Loading turns them back into plain tensors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,12 @@ class PackedSpec:
                 f"group_size={self.group_size} does not divide rows of {self.shape[-1]} (or is no multiple of 4); "
                 "use 32 or 64, or store the tensor whole"
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers, scales and offsets."""
+        numel = math.prod(self.shape)
+        return numel * self.bits // 8 + 4 * (numel // self.group_size)
 
 
 class PackedWeight(NamedTuple):
