@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -16,11 +16,9 @@ from distill.data.nlvr import Nlvr
 from distill.data.printed import Printed
 from distill.data.sample import rng_for
 from distill.data.shapes import NUMBERS
-from distill.replies import greedy_replies
-from mmmamba.model import MMMamba
-from mmmamba.tokenizer import Tokenizer
 
-READING_TASKS = ("printed_text", "charts_bar_pie", "digits", "nlvr")
+PRINTED = "printed_text"
+READING_TASKS = (PRINTED, "charts_bar_pie", "digits", "nlvr")
 
 
 def reading_questions(
@@ -41,7 +39,7 @@ def reading_questions(
 
     Raises: ValueError for an unknown task, or what a task needs and lacks.
     """
-    if task == "printed_text":
+    if task == PRINTED:
         printed = Printed("val", fonts=fonts)
         for index in range(count):
             page, turn = printed.question(seed, index)
@@ -76,20 +74,19 @@ def reads_right(task: str, predicted: str, answer: str) -> bool:
       zeros before a number count ("07" is not "7").
     * nlvr: true is as good as yes, false as no.
     """
-    if task == "printed_text":
+    if task == PRINTED:
         return _plain(predicted) == _plain(answer)
     if task == "nlvr":
         return _truth(predicted) is not None and _truth(predicted) == _truth(answer)
     return _said(predicted) == _said(answer)
 
 
-def printed_error_rate(
-    model: MMMamba, tokenizer: Tokenizer, count: int, seed: int = 0, *, fonts: str | Path | Fonts
-) -> float:
-    """Character error rate of greedy replies to the questions of `printed_text`."""
-    asked = list(reading_questions("printed_text", count, seed, fonts=fonts))
-    replies = greedy_replies(model, tokenizer, [(image, question) for image, question, _ in asked])
-    return character_error_rate((_plain(reply), answer) for reply, (_, _, answer) in zip(replies, asked, strict=True))
+def printed_error_rate(readings: Iterable[tuple[str, str]]) -> float:
+    """Character error rate of (reply, what is printed): quotation marks around a reply do not count.
+
+    Raises: ValueError if nothing is printed.
+    """
+    return character_error_rate((_plain(reply), answer) for reply, answer in readings)
 
 
 def _plain(text: str) -> str:

@@ -159,14 +159,9 @@ class Mamba2Mixer(nn.Module):
         u = self.in_proj(x)
         conv_dim, hidden, _ = self.splits
         conv_state = x.new_zeros(batch, conv_dim, D_CONV - 1) if state is None else state.conv_state
-        before = None if state is None or padding is None else state.conv_state.clone()
         taps = self.conv.weight[:, 0].contiguous()
-        vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden)
-        if padding is not None:
-            dt = dt * padding.real[..., None]
-            if state is not None and before is not None:
-                padded = torch.cat([before.mT, u[..., :conv_dim]], dim=1)
-                state.conv_state.copy_(_last_inputs(padded, padding).mT)
+        lengths = None if padding is None else padding.lengths
+        vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden, lengths)
         v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.conv_splits, dim=-1))
         A = -torch.exp(self.A_log.float())
         if state is not None and seqlen == 1:

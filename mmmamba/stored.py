@@ -153,6 +153,11 @@ class TensorFiles:
         """Whether it is stored in integers, by us or by another library."""
         return self._parts[name][0].spec is not None
 
+    def packed_spec(self, name: str) -> PackedSpec | None:
+        """How it is stored in our integers; None for plain tensors and those of another library."""
+        spec = self._parts[name][0].spec
+        return PackedSpec(spec.bits, spec.group_size, self.shape(name)) if isinstance(spec, PackedSpec) else None
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         tensors = [part.read(dtype) for part in self._parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

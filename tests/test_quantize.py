@@ -20,9 +20,10 @@ from mmmamba.checkpoint import save_model, weights_digest
 from mmmamba.cost import weight_bytes
 from mmmamba.generate import ModelInputs, prefill
 from mmmamba.model import MMMamba
+from mmmamba.packing import PackedSpec, PackedWeight, pack
 from mmmamba.stored import INDEX, QUANTIZED_METADATA, CheckpointError
 from quantize import Quantizer, load_quantized, quantize_, save_quantized
-from quantize.linear import Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
+from quantize.linear import FEW_ROWS_TORCH, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, packed_linear
 from quantize.pack import nearest
 from tests.helpers import assert_near, random_model, random_tiles, relative_error, tiny_raw
 
@@ -252,6 +253,22 @@ def test_a_file_whose_metadata_is_not_its_own(tmp_path: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_long_head_is_unpacked_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, x = torch.randn(23, 64, generator=torch.Generator().manual_seed(0)), torch.randn(40, 2, 64)
+    spec = PackedSpec(bits, 32, (23, 64))
+    layer = packed_linear(PackedWeight(*pack(dense, spec), spec), torch.randn(23))
+    assert len(x) * 2 > FEW_ROWS_TORCH, "so many that they are multiplied by unpacking"
+    whole = layer(x)
+    unpacked: list[int] = []
+    monkeypatch.setattr("quantize.linear.UNPACKED_ROWS", 10)
+    real = PackedWeight.unpack
+    monkeypatch.setattr("quantize.linear.load_native", lambda: (None, "for the test"))
+    monkeypatch.setattr(PackedWeight, "unpack", lambda w, dtype: unpacked.append(w.spec.shape[0]) or real(w, dtype))
+    assert_near("in parts", layer(x), whole, 1e-5)
+    assert unpacked == [10, 10, 3]
 
 
 def test_packed_weights_are_held_once(tmp_path: Path) -> None:

@@ -122,12 +122,17 @@ class TorchOps:
     swiglu = staticmethod(lambda a, b: F.silu(a) * b)
 
     @staticmethod
-    def mix_inputs(u: Tensor, conv_state: Tensor, taps: Tensor, bias: Tensor, dt_bias: Tensor, hidden: int) -> Any:
+    def mix_inputs(
+        u: Tensor, conv_state: Tensor, taps: Tensor, bias: Tensor, dt_bias: Tensor, hidden: int, lengths: Any
+    ) -> Any:
         conv, heads = len(bias), len(dt_bias)
         padded = torch.cat([conv_state.mT, u[..., :conv]], dim=1)
-        conv_state.copy_(u[:, -1, :conv, None])
         mixed = padded[:, :-1] * taps[:, 0] + padded[:, 1:] * taps[:, 1] + bias
-        return F.silu(mixed), F.softplus(u[..., -heads:] + dt_bias)
+        dt = F.softplus(u[..., -heads:] + dt_bias)
+        for row, length in enumerate([u.shape[1]] * len(u) if lengths is None else lengths.tolist()):
+            conv_state[row, :, 0] = u[row, length - 1, :conv]
+            dt[row, length:] = 0
+        return F.silu(mixed), dt
 
     @staticmethod
     def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -135,7 +140,7 @@ class TorchOps:
 
 
 def test_with_fused_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose convolution leaves the last column as its state, filled in or not."""
+    """As on a GPU."""
     raw = tiny_raw(**LINEAR)
     prompts = prompts_of(raw, ROWS)
     model = random_model(raw)
