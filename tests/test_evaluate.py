@@ -14,11 +14,11 @@ from PIL import Image
 from distill.__main__ import main
 from distill.base import load_base
 from distill.convert import make_student
-from distill.data.batches import Batch, Rows
+from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.sample import Sample
 from distill.data.sample import held_out as held_out_by_hash
 from distill.data.text import HELD_OUT_PERCENT, Conversations
-from distill.evaluate import exact_matches, held_out_questions, judge
+from distill.evaluate import SURE_LOGITS, _bf16_is_faster, _leads, exact_matches, held_out_questions, judge
 from distill.failures import failures_table, write_failures
 from distill.nano import new_teacher
 from distill.replies import greedy_replies
@@ -157,11 +157,59 @@ def test_questions_read_together_are_judged_as_alone(tokenizer: Tokenizer, monke
 
     monkeypatch.setattr("distill.evaluate.exact_matches", noted)
     monkeypatch.setattr("distill.evaluate.CPU_ROWS", 4)
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: False)
     together = judge(model, rows, "mixed", asked)
     assert sizes == [4, 2]
     assert together[3] is None
     assert {True, False} <= set(together)
     assert together == judge(model, rows, "mixed", asked, batch_size=1)
+    # With bf16 products first, float32 has little left to say, and the verdicts are the same.
+    sizes.clear()
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: True)
+    assert together == judge(model, rows, "mixed", asked)
+    assert sum(sizes) < 6
+
+
+def test_what_bf16_cannot_decide_float32_does(
+    tokenizer: Tokenizer, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(teacher_dir)
+    rows = Rows(tokenizer, model.config, "image", seqlen=96)
+    asked = [q._replace(question=f"How many?{' Look!' * i}") for i, q in enumerate(held_out("shapes_count", 5))]
+    leads = torch.tensor([SURE_LOGITS, -SURE_LOGITS, SURE_LOGITS - 0.1, 0.1 - SURE_LOGITS, 0.0])
+    lengths = []
+
+    def exact(model: MMMamba, batch: Batch) -> torch.Tensor:
+        lengths.extend(batch.loss_mask.int().argmax(dim=1).tolist())
+        return torch.tensor([False, True, True])
+
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: True)
+    monkeypatch.setattr("distill.evaluate._leads", lambda model, batch, narrow: leads)
+    monkeypatch.setattr("distill.evaluate.exact_matches", exact)
+    assert judge(model, rows, "shapes_count", asked) == [True, False, False, True, True]
+    assert len(lengths) == 3
+    assert lengths == sorted(lengths), "the longest three were read again"
+    # Models on a GPU or in bf16 are judged once.
+    monkeypatch.undo()
+    assert not _bf16_is_faster(load_model(teacher_dir, dtype=torch.bfloat16))
+
+
+def test_a_lead_is_that_of_the_weakest_token(tokenizer: Tokenizer, teacher_dir: Path) -> None:
+    model = load_model(teacher_dir)
+    rows = Rows(tokenizer, model.config, "image", seqlen=96)
+    made = [rows.row(Sample(q.image, ((q.question, q.answer),), "t")) for q in held_out("shapes_describe", 3)]
+    batch = stack([row for row in made if row is not None])
+    with torch.no_grad():
+        logits = model(batch.input_ids, pixel_values(batch.pixels)).double()
+    wanted = []
+    for row, (ids, mask) in enumerate(zip(batch.input_ids, batch.loss_mask, strict=True)):
+        of_row = []
+        for at in mask.nonzero()[:, 0].tolist():
+            own, others = logits[row, at - 1, ids[at]], logits[row, at - 1].clone()
+            others[ids[at]] = -torch.inf
+            of_row.append(float(own - others.max()))
+        wanted.append(min(of_row))
+    assert _leads(model, batch, narrow=False).tolist() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_replies_are_decoded_once_and_together(
