@@ -7,9 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from app.precision import PRECISIONS, SCHEMES, refusal
 
 LIMITS = (
     ("max-new-tokens", 1024, 1, "longest answer that a visitor may ask for"),
@@ -36,8 +38,7 @@ EPILOG = (
     "MMMAMBA_NO_TEACHER=1 that of --no-teacher, and so on; Spaces use them. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT "
     "serve for --host and --port too."
 )
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCHEMES = ("int8", "int4", "bnb-int8", "bnb-nf4")  # of `quantize`, which imports torch
+OLDER_NAMES = {"precision": ("dtype", "quantize")}  # of flags, and of variables that Spaces may have set
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -51,15 +52,20 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="app.py", description="Chat about images with mmMamba.", epilog=EPILOG)
 
     def add(group: Any, name: str, default: Any, help_text: str, **kwargs: Any) -> None:
-        default = os.environ.get(variable(name)) or default
+        names = (name, *OLDER_NAMES.get(name, ()))
+        default = next((value for n in names if (value := os.environ.get(variable(n)))), default)
         shown = "" if default is None or name == "auth" else f" (default: {default})"
-        group.add_argument(f"--{name}", default=default, help=help_text + shown, **kwargs)
+        group.add_argument(
+            *(f"--{n}" for n in names), dest=name.replace("-", "_"), default=default, help=help_text + shown, **kwargs
+        )
 
     model = p.add_argument_group("model")
     add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
     add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
-    add(model, "dtype", "auto", "precision", choices=DTYPES)
-    add(model, "quantize", None, "weights in 8 or 4 bits, of all models", choices=SCHEMES)
+    precision = (
+        "how weights are held, of all models; auto: as they are stored where that loses nothing, else 16 or 32 bits"
+    )
+    add(model, "precision", "auto", precision, choices=PRECISIONS)
     teacher = "model to compare with, or several with commas; without it the known teacher of --model, if there is one"
     add(model, "teacher", None, teacher, metavar="MODEL")
     server = p.add_argument_group("server")
@@ -96,10 +102,10 @@ def read_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and value < least:
             p.error(f"--{name} is {value}; use {least} or more")
-    if args.dtype not in DTYPES:
-        p.error(f"--dtype is {args.dtype!r}; use one of {', '.join(DTYPES)}")
-    if args.quantize not in (None, *SCHEMES):
-        p.error(f"--quantize is {args.quantize!r}; use one of {', '.join(SCHEMES)}")
+    if args.precision not in PRECISIONS:
+        p.error(f"--precision is {args.precision!r}; use one of {', '.join(PRECISIONS)}")
+    if reason := refusal(args.precision, args.device):
+        p.error(f"--precision {reason}")
     if args.auth is not None and not all(args.auth.partition(":")):
         p.error("--auth is no USER:PASSWORD; put a colon between the two")
     return args
@@ -115,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from app.backend import load_backend
     from app.chat import ChatStore
     from app.engine import Engine, Limits
-    from app.models import sides_of
+    from app.sides import sides_of
     from app.states import Budget, StateStore
     from app.ui import PageOptions, build, launch_options
     from app.zero import ZeroGPU, on_zero_gpu
@@ -124,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     states = StateStore(Budget(*(None if mib is None else mib << 20 for mib in budgets)))
     # The package must be there before torch; models stay on the CPU and are moved by a worker of each call.
     zero = ZeroGPU() if on_zero_gpu() else None
-    if zero and args.quantize:
-        sys.exit("--quantize does not go with ZeroGPU, whose workers hold models in bfloat16; leave it out")
+    if zero and args.precision in SCHEMES:
+        sys.exit(f"--precision {args.precision} does not go with ZeroGPU: its workers hold bfloat16; leave it out")
     engine = Engine(
         args.model,
         "cpu" if zero else args.device,
-        args.dtype,
+        "bfloat16" if zero and args.precision == "auto" else args.precision,
         limits=Limits(
             args.max_text_chars,
             args.max_images,
@@ -140,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         chats=ChatStore(states=states),
         max_waiting=args.max_waiting,
-        loader=zero.load if zero else partial(load_backend, quantize=args.quantize),
+        loader=zero.load if zero else load_backend,
     )
     # Without a screen `webbrowser` would start a text browser in this terminal.
     screen = sys.platform in ("darwin", "win32") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))
@@ -153,8 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         likes=Path(args.likes) if args.likes else None,
     )
     if zero:
-        # Workers are forked from this process, with the models that are loaded by then.
-        for name in sides_of(engine.model, page.teacher):
+        # Workers are forked from this process, with the models that are loaded by then: no others can be chosen.
+        usual = sides_of(engine.model, page.teacher).usual
+        page = replace(page, teacher=",".join(usual[1:]))
+        for name in usual:
             engine.models.get(name)
     build(engine, page).launch(
         server_name=args.host,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.chat import FinishReason
+from app.precision import SCHEMES, Precision, default_precision, refusal
 from app.settings import Settings
 from app.states import Mover, State
 
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, str], None]
 Device = str
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES: tuple[Dtype, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What the page says about the model. `state_bytes` is the memory of an empty conversation; `max_tiles` what the
     model was made for; `kind` is `linear` (memory of constant size), `hybrid` or `teacher` (both grow). `fingerprint`
-    names the shapes that a state fits, `weights` the weights that made it."""
+    names the shapes that a state fits, `weights` the weights that made it. `precision` is what the weights are held in,
+    `dtype` what is computed in."""
 
     name: str
     kind: Literal["linear", "hybrid", "teacher"]
@@ -44,6 +44,7 @@ class ModelInfo:
     state_bytes: int
     fingerprint: str = ""
     weights: str = ""
+    precision: str = ""
 
 
 class Event(Protocol):
@@ -129,40 +130,45 @@ class SweepRun(Protocol):
     def run(self, cancel: threading.Event | None = None) -> Iterator[Any]: ...
 
 
-Loader = Callable[[str, Device, Dtype, Progress, Sequence[Backend]], Backend]
+Loader = Callable[[str, Device, Precision, Progress, Sequence[Backend]], Backend]
 
 
 def load_backend(
     model: str,
     device: Device,
-    dtype: Dtype,
+    precision: Precision,
     progress: Progress,
     others: Sequence[Backend] = (),
-    *,
-    quantize: str | None = None,
 ) -> Backend:
     """Load a checkpoint directory, a hub id, or a bundled model by name.
 
     Args:
         device: a torch device, or "auto" for CUDA where there is one.
-        dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
+        precision: of the weights, packed while they are read; "auto" is `default_precision`.
         progress: called with a fraction (0 to 1) and what is being done.
         others: models loaded already; tensors that equal theirs are held in memory once.
-        quantize: a scheme of `quantize` for the weights, or None for those of the checkpoint.
     Raises: ValueError or OSError with a message for people, as `mmmamba.load_model` does.
     """
     progress(0.0, "starting PyTorch")
     import torch
 
     from mmmamba import load_model
+    from mmmamba.memory import return_freed_memory
     from mmmamba.place import default_dtype
 
     where = usable_device(device)
     if where.type == "cpu":
         _leave_a_core()
-    how = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
+    if reason := refusal(precision, where.type):
+        raise ValueError(reason)
+    chosen = default_precision((model,), where) if precision == "auto" else precision
+    packed = chosen in SCHEMES
+    dtype = default_dtype(where) if packed else getattr(torch, chosen)
     share = [other.model for other in others if isinstance(other, MMMambaBackend)]
-    loaded = load_model(model, device=where, dtype=how, quantize=quantize, progress=progress, share=share)
+    loaded = load_model(
+        model, device=where, dtype=dtype, quantize=chosen if packed else None, progress=progress, share=share
+    )
+    return_freed_memory()  # of weights that were rounded or unpacked
     return MMMambaBackend(loaded, model)
 
 
@@ -235,8 +241,9 @@ class MMMambaBackend:
             state_bytes=self.new_state().nbytes,
             fingerprint=self.config.fingerprint(),
             weights=weights_digest(model),
+            precision=model.scheme or str(model.dtype).removeprefix("torch."),
         )
-        self.key = "|".join((self.info.weights, self.info.device, self.info.dtype))
+        self.key = "|".join((self.info.weights, self.info.device, self.info.dtype, self.info.precision))
         self.mover: Mover = StateMover(self.config, self.info.device, self.info.dtype)
 
     def new_state(self) -> State:

@@ -17,24 +17,22 @@ from app.engine import Engine
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, MIN_GAP_S, STOP_GRACE_S, Reply
 from app.metrics import Agreement, Figures, Trace, agreement, figures, smooth
-from app.models import TEACHERS
 from app.settings import Settings
+from app.sides import kind_of
 from app.turns import Cancelled, Request
 
-KINDS = dict.fromkeys(TEACHERS.values(), "teacher") | {
-    name: "hybrid" if name.endswith("hybrid") else "linear" for name in TEACHERS
-}
 MOST_POINTS = 240  # of a line in the chart
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's part. `kind` is "" until it is loaded, if it is none of those known by name. `trace` is what was
-    observed of this answer; `latency` and `memory` hold (tokens of context, milliseconds or bytes) for every token of
-    the conversation so far."""
+    """One model's part. `kind` is "" until it is loaded, if it is none of those known by name; so is `precision`, what
+    its weights are held in. `trace` is what was observed of this answer; `latency` and `memory` hold (tokens of
+    context, milliseconds or bytes) for every token of the conversation so far."""
 
     name: str
     kind: str = ""
+    precision: str = ""
     stage: Literal["waiting", "loading", "reading", "writing", "done", "failed"] = "waiting"
     text: str = ""
     note: str = ""
@@ -61,19 +59,26 @@ class Comparison:
     @property
     def agreement(self) -> Agreement | None:
         """Of the first answer and the last one, once all are whole."""
-        whole = [side.text for side in self.sides if side.stage == "done"]
-        if any(side.stage not in ("done", "failed") for side in self.sides) or len(whole) < 2:
-            return None
-        return agreement(whole[0], whole[-1])
+        return next(iter(self.agreements.values()), None)
+
+    @property
+    def agreements(self) -> dict[str, Agreement]:
+        """Of every answer with that of the last model, by model, once all are whole; a failed one has none."""
+        if not self.sides:
+            return {}
+        *others, last = self.sides
+        if last.stage != "done" or any(side.stage not in ("done", "failed") for side in others):
+            return {}
+        return {side.name: agreement(side.text, last.text) for side in others if side.stage == "done"}
 
 
 class Compare:
     """The conversations of one visitor with each of `names`."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
-        self.engine = engine
+        self.engine, self.names = engine, tuple(names)
         self.chats = {name: Chat(engine.chats.states) for name in names}
-        self.sides = {name: Side(Path(name).name, KINDS.get(name, "")) for name in names}
+        self.sides = {name: Side(Path(name).name, kind_of(name)) for name in names}
         self.busy = False
         self._cancel = threading.Event()
         self._changed = threading.Condition()
@@ -148,7 +153,7 @@ class Compare:
             backend = self.engine.models.get(name)
             peak = backend.peak_memory()
             before = self.sides[name]
-            self._show(cancel, name, kind=backend.info.kind, stage="reading")
+            self._show(cancel, name, kind=backend.info.kind, precision=backend.info.precision, stage="reading")
             watch = Watch(time.perf_counter())
 
             def put(reply: Reply) -> None:

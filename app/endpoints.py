@@ -27,6 +27,7 @@ from app.records import (
 )
 from app.scratch import scratch_folder
 from app.sessions import Sessions, new_session_id
+from app.sides import Sides
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ UNKNOWN_SESSION = "This session_id is not known: it has ended or was unused for 
 
 
 class Endpoints:
-    """Functions behind the endpoints, over one engine. `names` are the models that /compare and /benchmark take."""
+    """Functions behind the endpoints, over one engine. `sides` are the models that /compare and /benchmark take."""
 
-    def __init__(self, engine: Engine, names: Sequence[str], states: Path | None = None) -> None:
-        self.engine, self.names = engine, tuple(names)
+    def __init__(self, engine: Engine, sides: Sides, states: Path | None = None) -> None:
+        self.engine, self.sides = engine, sides
         self.compares: Sessions[Compare] = Sessions(MOST_COMPARISONS)
         self._states = states
 
@@ -71,26 +72,38 @@ class Endpoints:
                 self.engine.chats.drop(("api", session_id))
             raise gr.Error(str(error), print_exception=False) from error
 
-    def compare(self, message: dict[str, Any] | None, session_id: str = "", *options: Any) -> Iterator[CompareRecord]:
+    def compare(
+        self, message: dict[str, Any] | None, session_id: str = "", *options_and_models: Any
+    ) -> Iterator[CompareRecord]:
         """Ask the student and its teacher the same, one after the other; streams both answers with what they cost.
 
-        Each update: {"sides": [{"model", "kind", "stage", "text", "note", "figures" ("ttft_ms", "ms_per_token",
-        "tok_per_sec", "num_tokens", "text_tokens", "image_tokens", "recurrent_bytes", "cache_bytes", "peak_bytes",
-        "context")}], "agreement" ("share", "same_words", "says"; null until both are whole), "ahead", "wait_s", "done",
-        "session_id" (pass it with the next message: both go on from their states)}.
+        `models` are two or more of those that /info tells under "compared"; without it the student and its teacher.
+        Each update: {"sides": [{"model", "kind", "precision", "stage", "text", "note", "figures" ("ttft_ms",
+        "ms_per_token", "tok_per_sec", "num_tokens", "text_tokens", "image_tokens", "recurrent_bytes", "cache_bytes",
+        "peak_bytes", "context")}], "agreement" ("share", "same_words", "says"; of the first and the last answer, null
+        until all are whole), "agreements" (by model, of each with the last), "ahead", "wait_s", "done", "session_id"
+        (pass it with the next message: all go on from their states)}.
         """
         text, files = _parts(message)
+        *options, models = options_and_models
         compare: Compare | None = None
         try:
-            if len(self.names) < 2:
+            if len(self.sides.names) < 2:
                 raise EngineError("This server compares with no teacher. Start app.py with --teacher MODEL.")
+            names = self.sides.called(models)
+            if len(names) < 2:
+                raise EngineError(f"models is {models!r}; name two or more of those that /info tells.")
             settings = _settings(options, session_id)
             session_id = str(session_id or "").strip()
             compare = self.compares.get(("compare", session_id)) if session_id else None
             if session_id and compare is None:
                 raise EngineError(UNKNOWN_SESSION)
+            if compare is not None and models and compare.names != names:
+                raise EngineError(
+                    "A session compares the models that it began with; leave session_id empty for others."
+                )
             if compare is None:
-                session_id, compare = new_session_id(), Compare(self.engine, self.names)
+                session_id, compare = new_session_id(), Compare(self.engine, names)
                 self.compares.put(("compare", session_id), compare)
             if compare.busy:
                 raise EngineError("Both models are still answering in this session. Wait for that.", blame="busy")
@@ -102,19 +115,24 @@ class Endpoints:
             raise gr.Error(str(error), print_exception=False) from error
 
     def benchmark(
-        self, longest: float = CONTEXTS[1], minutes: float = 3, image: str | None = None
+        self,
+        longest: float = CONTEXTS[1],
+        minutes: float = 3,
+        image: str | None = None,
+        models: list[str] | None = None,
     ) -> Iterator[BenchmarkRecord]:
         """Measure the same question after 1K, 4K, 16K, 64K and 103K tokens, up to `longest`, with each model in turn.
 
-        `minutes` bounds the reading of each model; `image` is shown in every turn, without it the context is text. Each
-        update: {"doing", "points" ("model", "context", "ttft_ms", "ms", "p20_ms", "p80_ms", "recurrent_bytes",
-        "cache_bytes", "peak_bytes", "read_s", ...), "predictions" (by model: "end_tokens", "contexts", "ms", "bytes"),
-        "ends" (by model, why it goes no further), "done"}.
+        `minutes` bounds the reading of each model; `image` is shown in every turn, without it the context is text;
+        `models` are some of those that /info tells, without it the student and its teacher. Each update: {"doing",
+        "points" ("model", "context", "ttft_ms", "ms", "p20_ms", "p80_ms", "recurrent_bytes", "cache_bytes",
+        "peak_bytes", "read_s", ...), "predictions" (by model: "end_tokens", "contexts", "ms", "bytes"), "ends" (by
+        model, why it goes no further), "precisions" (by model), "done"}.
         """
         try:
             if not all(isinstance(value, int | float) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
-            grow = Grow(self.engine, self.names, self._states or scratch_folder("contexts"))
+            grow = Grow(self.engine, self.sides.called(models), self._states or scratch_folder("contexts"))
             for growth in grow.run(int(longest), 60 * minutes, image or None):
                 if growth.error:
                     raise EngineError(growth.error)
@@ -125,11 +143,11 @@ class Endpoints:
     def info(self) -> InfoRecord:
         """The model, how far it is with loading, the limits of this server, and how many messages wait.
 
-        {"model", "kind", "device", "dtype", "max_tiles", "state_bytes" (null until the model is loaded), "status"
-        ("stage", "progress", "note"), "compared" (models of /compare and /benchmark), "contexts", "limits", "waiting",
-        "max_waiting"}.
+        {"model", "kind", "device", "dtype", "precision" (of the weights), "max_tiles", "state_bytes" (null until it is
+        loaded), "status" ("stage", "progress", "note"), "compared" (models of /compare and /benchmark), "contexts",
+        "limits", "waiting", "max_waiting"}.
         """
-        return info_record(self.engine, self.names)
+        return info_record(self.engine, self.sides.names)
 
 
 def _parts(message: dict[str, Any] | None) -> tuple[str, list[str]]:
@@ -171,22 +189,29 @@ def layout(endpoints: Endpoints, limits: Limits) -> None:
     for name, handler in (("chat", endpoints.chat), ("compare", endpoints.compare)):
         message = gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden)
         session = gr.Textbox("", label="session_id", **hidden)
-        _public(_named(handler), [message, session, *_options(limits)], name)
+        more = {"models": _models(endpoints.sides)} if name == "compare" else {}
+        _public(_named(handler, *more), [message, session, *_options(limits), *more.values()], name)
     longest = gr.Number(min(CONTEXTS[1], limits.max_context), label="longest", precision=0, **hidden)
     minutes = gr.Number(min(3, limits.max_minutes), label="minutes", **hidden)
     image = gr.File(label="image", file_types=["image"], type="filepath", **hidden)
-    _public(endpoints.benchmark, [longest, minutes, image], "benchmark")
+    _public(endpoints.benchmark, [longest, minutes, image, _models(endpoints.sides)], "benchmark")
     _public(endpoints.info, [], "info", queue=False)
 
 
-def _named(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`handler` with its settings as parameters by name, for those who call it by them."""
+def _models(sides: Sides) -> gr.CheckboxGroup:
+    """Some of the models; none is the usual ones."""
+    return gr.CheckboxGroup([Path(name).name for name in sides.names], value=[], label="models", visible=False)
+
+
+def _named(handler: Callable[..., Iterator[Any]], *more: str) -> Callable[..., Iterator[Any]]:
+    """`handler` with its settings as parameters by name, for those who call it by them; `more` stand at the end."""
 
     @wraps(handler)
     def call(*values: Any) -> Iterator[Any]:
         yield from handler(*values)
 
     defaults = {"session_id": ""} | {name: getattr(Settings(), name) for name in SETTINGS} | {"system": ""}
+    defaults |= {name: [] for name in more}
     named = [Parameter("message", Parameter.POSITIONAL_OR_KEYWORD)]
     named += [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value) for name, value in defaults.items()]
     call.__signature__ = Signature(named)  # type: ignore[attr-defined]

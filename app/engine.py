@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from app.backend import DTYPES, Device, Dtype, Loader, ModelInfo, load_backend
+from app.backend import Device, Loader, ModelInfo, load_backend
 from app.chat import Chat, ChatStore
 from app.errors import EngineError, plain
 from app.follow import BEAT_S, LoadStatus, Mailbox, Reply, follow
 from app.lane import Job, Lane, LaneFull, Run
 from app.models import Models, Need, memory_need
+from app.precision import PRECISIONS, Precision
 from app.settings import Limits, Settings
 from app.states import State
 from app.turns import Cancelled, Request, Turns, open_image
@@ -36,7 +37,7 @@ class Engine:
         self,
         model: str = "nano",
         device: Device = "auto",
-        dtype: Dtype = "auto",
+        precision: Precision = "auto",
         *,
         limits: Limits | None = None,
         chats: ChatStore | None = None,
@@ -44,12 +45,12 @@ class Engine:
         need: Need = memory_need,
         max_waiting: int = 16,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f'dtype "{dtype}" is not known; use one of {", ".join(DTYPES)}')
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision "{precision}" is not known; use one of {", ".join(PRECISIONS)}')
         self.limits = limits or Limits()
         self.chats = ChatStore() if chats is None else chats  # an empty store is falsy
         self.turns = Turns(self.chats.states)
-        self.models = Models(model, device, dtype, loader, need)
+        self.models = Models(model, device, precision, loader, need)
         self.lane = Lane(max_waiting)
 
     @property
@@ -160,13 +161,13 @@ class Engine:
             raise errors[0]
         return out[0]
 
-    def switch(self, model: str, dtype: Dtype) -> Iterator[LoadStatus]:
+    def switch(self, model: str, precision: Precision) -> Iterator[LoadStatus]:
         """Load another model, and have it answer from now on; how it goes, at least every 100 ms.
 
         Raises: EngineError if it cannot be loaded or does not fit; the old one goes on answering then.
         """
-        if dtype not in DTYPES:
-            raise EngineError(f'The precision "{dtype}" is not known; use one of {", ".join(DTYPES)}.')
+        if precision not in PRECISIONS:
+            raise EngineError(f'The precision "{precision}" is not known; use one of {", ".join(PRECISIONS)}.')
         if not model.strip():
             raise EngineError("Name a model: a bundled one, a directory or a hub id.")
         errors: list[EngineError] = []
@@ -174,7 +175,7 @@ class Engine:
 
         def job() -> None:
             try:
-                self.models.switch(model.strip(), dtype)
+                self.models.switch(model.strip(), precision)
             except EngineError as error:
                 errors.append(error)
             finally:

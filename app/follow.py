@@ -14,7 +14,7 @@ from app.lane import Job, Lane
 
 MIN_GAP_S = 0.05  # between two updates: each costs the page about 5 ms
 BEAT_S = 0.08  # without news an update is repeated, so that a closed page or a stop is noticed
-STOP_GRACE_S = 0.25  # a stopped answer that has not ended by then (a long prefill) ends out of sight
+STOP_GRACE_S = 0.15  # a stopped answer that has not ended by then (a long prefill) ends out of sight
 
 
 @dataclass(frozen=True)

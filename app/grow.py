@@ -23,12 +23,13 @@ BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 2**27, 3  # a third of a second on a slow m
 
 @dataclass(frozen=True)
 class Growth:
-    """Where a sweep stands. `points` are `mmmamba.sweep.Point`, `predictions` by model; `ends` says in words why a
-    model goes no further."""
+    """Where a sweep stands. `points` are `mmmamba.sweep.Point`, `predictions` by model, and so `ends`, which says in
+    words why one goes no further, and `precisions`, what its weights are held in."""
 
     points: tuple[Any, ...] = ()
     predictions: Mapping[str, Any] = field(default_factory=dict)
     ends: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
     doing: str = "waiting"
     error: str = ""
     done: bool = False
@@ -103,7 +104,11 @@ class Grow:
         self._show(cancel, doing="measuring how fast memory is")
         plan = replace(plan, **measured_machine(backends[0].mover.device))
         sweeps: list[Any] = [backend.sweep(plan) for backend in backends]
-        self._show(cancel, predictions={sweep.name: sweep.prediction for sweep in sweeps})
+        self._show(
+            cancel,
+            predictions={sweep.name: sweep.prediction for sweep in sweeps},
+            precisions={backend.info.name: backend.info.precision for backend in backends},
+        )
         yield
         for event in run_together(sweeps, cancel):
             if isinstance(event, Point):

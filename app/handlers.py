@@ -256,17 +256,22 @@ class Handlers:
 
     # The model
 
-    def need(self, model: str | None, dtype: str | None) -> str:
+    def need(self, model: str | None, precision: str | None) -> str:
         """What loading a model would take, said before it is loaded."""
-        need = self.engine.models.need(model or "", dtype or "auto")  # type: ignore[arg-type]
-        return views.note("" if need is None else f"{need}.".capitalize() if need.fits else f"Does not fit: {need}.")
+        try:
+            need = self.engine.models.need(model or "", precision or "auto")  # type: ignore[arg-type]
+        except EngineError as error:
+            return views.note(str(error))
+        if need is None:
+            return ""
+        return views.note(f"N{str(need)[1:]}." if need.fits else f"Does not fit: {need}.")
 
-    def switch(self, model: str | None, dtype: str) -> Iterator[tuple[Any, Any, Any]]:
+    def switch(self, model: str | None, precision: str) -> Iterator[tuple[Any, Any, Any]]:
         """(button, status, notice) while another model is loaded; the old one stays if that fails."""
         yield gr.Button(interactive=False), gr.skip(), ""
         fault = ""
         try:
-            for status in self.engine.switch(model or "", dtype):  # type: ignore[arg-type]
+            for status in self.engine.switch(model or "", precision):  # type: ignore[arg-type]
                 yield gr.skip(), views.model_status(status, None, model or ""), gr.skip()
         except EngineError as error:
             fault = f"{error} {Path(self.engine.model).name} goes on answering."

@@ -16,44 +16,53 @@ from app.engine import Engine, EngineError, Settings
 from app.grow import CONTEXTS, Grow, Growth
 from app.options import Options
 from app.scratch import scratch_folder
+from app.sides import Sides, kind_of
+from app.views import note as quiet
 from app.views import notice
 
 log = logging.getLogger(__name__)
 
 MIN_GAP_S = 0.12  # between two updates: each carries two charts
 UNEXPECTED = "Something went wrong on the server. Try again."
+TOO_FEW = "Choose two models or more to compare."
+CHANGED = "Other models are compared now, so all of them begin a new conversation."
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class Panel:
     """Events of the tab, over one engine. A visitor's conversations are keyed by the browser's session."""
 
-    def __init__(self, engine: Engine, names: Sequence[str], options: Options, states: Path | None) -> None:
-        self.engine, self.names, self.options = engine, tuple(names), options
+    def __init__(self, engine: Engine, sides: Sides, options: Options, states: Path | None) -> None:
+        self.engine, self.sides, self.options = engine, sides, options
         self.states = states or scratch_folder("contexts")
         self._compares: dict[str, Compare] = {}
         self._grows: dict[str, Grow] = {}
 
     # Compare
 
-    def ask(self, message: dict[str, Any] | None, request: gr.Request, *options: Any) -> Iterator[tuple[Any, ...]]:
-        """(box, panel, notice) while both models answer."""
+    def ask(
+        self, message: dict[str, Any] | None, shown: list[str], request: gr.Request, *options: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """(box, panel, notice) while the models in `shown` answer."""
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        yield from self._ask(text, files, request, options)
+        yield from self._ask(text, files, shown, request, options)
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
         """What the button of an example does. Nothing that a browser sends names its file."""
 
-        def ask(request: gr.Request, *options: Any) -> Iterator[tuple[Any, ...]]:
-            yield from self._ask(question, files, request, options)
+        def ask(shown: list[str], request: gr.Request, *options: Any) -> Iterator[tuple[Any, ...]]:
+            yield from self._ask(question, files, shown, request, options)
 
         return ask
 
     def _ask(
-        self, text: str, files: list[str], request: gr.Request, options: Sequence[Any]
+        self, text: str, files: list[str], shown_names: list[str], request: gr.Request, options: Sequence[Any]
     ) -> Iterator[tuple[Any, ...]]:
-        compare = self._compare(request)
-        yield _box(False), gr.skip(), ""
+        if len(shown_names) < 2:
+            yield gr.skip(), gr.skip(), notice(TOO_FEW)
+            return
+        compare, changed = self._compare(request, self.sides.called(shown_names))
+        yield _box(False), gr.skip(), quiet(CHANGED) if changed else ""
         fault, shown, last = "", "", 0.0
         try:
             settings = Settings.from_dict(self.options.values(options))
@@ -69,10 +78,11 @@ class Panel:
             log.exception("a comparison failed")
             fault = UNEXPECTED
         given_back = {"text": text, "files": files} if fault else {"text": "", "files": []}
-        yield _box(True, given_back), gr.skip(), notice(fault)
+        yield _box(True, given_back), gr.skip(), notice(fault) if fault else gr.skip()
 
     def stop(self, request: gr.Request) -> None:
-        self._compare(request).stop()
+        if (compare := self._compares.get(str(request.session_hash))) is not None:
+            compare.stop()
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         self.forget(request)
@@ -86,19 +96,28 @@ class Panel:
         if (grow := self._grows.pop(key, None)) is not None:
             grow.stop()
 
-    def _compare(self, request: gr.Request) -> Compare:
-        return self._compares.setdefault(str(request.session_hash), Compare(self.engine, self.names))
+    def _compare(self, request: gr.Request, names: tuple[str, ...]) -> tuple[Compare, bool]:
+        """The visitor's comparison of these models, and whether one of others ends for it: a model that did not read
+        the questions before would have another context."""
+        key = str(request.session_hash)
+        before = self._compares.get(key)
+        if before is not None and before.names == names:
+            return before, False
+        if before is not None:
+            before.close()
+        compare = self._compares[key] = Compare(self.engine, names)
+        return compare, before is not None and any(chat.turns for chat in before.chats.values())
 
     # Grow the context
 
     def grow(
-        self, longest: int, minutes: float, picture: str | None, request: gr.Request
+        self, longest: int, minutes: float, picture: str | None, shown_names: list[str], request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
         """(start, stop, growth, csv, png) while the context grows."""
         key = str(request.session_hash)
         if key in self._grows and not self._grows[key].growth.done:
             return
-        grow = self._grows[key] = Grow(self.engine, self.names, self.states)
+        grow = self._grows[key] = Grow(self.engine, self.sides.called(shown_names), self.states)
         hide = gr.DownloadButton(visible=False)
         yield gr.Button(interactive=False), gr.Button(interactive=True), gr.skip(), hide, hide
         shown, last, view = "", 0.0, Growth()
@@ -132,8 +151,9 @@ class Panel:
         folder = scratch_folder("growth")
         table, picture = folder / "context.csv", folder / "context.png"
         table.write_text(to_csv(view.points), encoding="utf-8")
+        held = [views.named(name, precision) for name, precision in view.precisions.items()]
         info = self.engine.info
-        note = "" if info is None else f"{info.device}, {info.dtype}"
+        note = "; ".join([*held, *([] if info is None else [info.device])])
         picture.write_bytes(png(charts(view.points, view.predictions), note))
         return gr.DownloadButton(value=str(table), visible=True), gr.DownloadButton(value=str(picture), visible=True)
 
@@ -150,9 +170,9 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
     with gr.Row(elem_id="compare-ask"):
         box = gr.MultimodalTextbox(
             elem_id="compare-box",
-            label="Question to both models",
+            label="Question to the models",
             show_label=False,
-            placeholder="Ask both models about a picture …",
+            placeholder="Ask the models about a picture …",
             sources=["upload"],
             file_types=["image"],
             file_count="multiple",
@@ -166,6 +186,15 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
             gr.Button(question, icon=folder / name, elem_id=f"compare-{Path(name).stem}", size="sm", min_width=120)
             for name, question in examples
         ]
+    names = panel.sides.names
+    models = gr.CheckboxGroup(
+        [(views.described(name, kind_of(name)), Path(name).name) for name in names],
+        value=[Path(name).name for name in panel.sides.usual],
+        label="Models",
+        info="Those that answer, and whose context grows",
+        visible=len(names) > 2,
+        elem_id="compare-models",
+    )
     fault = gr.HTML("", elem_id="compare-notice")
     out = gr.HTML(views.EMPTY_PANEL, elem_id="panel")
     with gr.Column(elem_id="grow"):
@@ -198,10 +227,10 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
             image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
         grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
     shown = [box, out, fault]
-    box.submit(panel.ask, [box, *options], shown, **PRIVATE)
+    box.submit(panel.ask, [box, models, *options], shown, **PRIVATE)
     for button, (name, question) in zip(buttons, examples, strict=True):
-        button.click(panel.example(question, [str(folder / name)]), options, shown, **PRIVATE)
+        button.click(panel.example(question, [str(folder / name)]), [models, *options], shown, **PRIVATE)
     box.stop(panel.stop, queue=False, **PRIVATE)
     clear.click(panel.clear, None, shown, queue=False, **PRIVATE)
-    start.click(panel.grow, [longest, minutes, picture], [start, stop, grown, table, image], **PRIVATE)
+    start.click(panel.grow, [longest, minutes, picture, models], [start, stop, grown, table, image], **PRIVATE)
     stop.click(panel.stop_growing, queue=False, **PRIVATE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from app.compare import Comparison, Side
@@ -14,7 +15,7 @@ from app.metrics import Figures
 KIND_NAMES = {"linear": "Student, linear", "hybrid": "Student, hybrid", "teacher": "Teacher, a transformer"}
 IN_TURN = "The models answer in turn on one device, so neither slows the other. What they share is in memory once."
 EMPTY_PANEL = (
-    '<div class="panel-hello"><b>Ask both models the same question.</b><br>'
+    '<div class="panel-hello"><b>Ask the models the same question.</b><br>'
     "The teacher is a transformer: with every token its memory and its time grow. The student, distilled from it, "
     "keeps a memory of constant size.</div>"
 )
@@ -29,7 +30,11 @@ def panel(view: Comparison) -> str:
     if not view.done and all(side.stage == "waiting" for side in view.sides) and view.ahead:
         return f'<p class="panel-note" role="status">{escape(waiting(view.ahead, view.wait_s))}</p>'
     cards = "".join(_card(side) for side in view.sides)
-    agreement = "" if view.agreement is None else f'<p class="panel-note">{escape(str(view.agreement))}</p>'
+    agreement = "".join(
+        f'<p class="panel-note">{escape(f"{name} and {view.sides[-1].name}: " if len(view.sides) > 2 else "")}'
+        f"{escape(str(says))}</p>"
+        for name, says in view.agreements.items()
+    )
     return (
         f'<p class="question">{escape(view.question)}</p><div class="sides">{cards}</div>{agreement}'
         f"{_table(view.sides)}{_live_charts(view.sides)}"
@@ -51,7 +56,7 @@ def _card(side: Side) -> str:
     busy = "true" if side.stage in ("loading", "reading", "writing") else "false"
     return (
         f'<section class="side side-{side.kind}" aria-label="{escape(side.name)}" aria-busy="{busy}">'
-        f"<h2><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(side.name)}</span></h2>"
+        f"<h2><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(named(side.name, side.precision))}</span></h2>"
         f'<div class="words" aria-live="polite">{words}</div></section>'
     )
 
@@ -83,6 +88,17 @@ def _cells(f: Figures | None) -> tuple[str, ...]:
         mib(f.peak_bytes) if f.peak_bytes else "–",  # a model in another process shows none
         f"{f.text_tokens:,} + {f.image_tokens:,}",
     )
+
+
+def described(model: str, kind: str) -> str:
+    """`Student, linear: nano`, as a choice."""
+    name = Path(model).name
+    return f"{KIND_NAMES[kind].partition(', a ')[0]}: {name}" if kind in KIND_NAMES else name
+
+
+def named(model: str, precision: str) -> str:
+    """`nano, int4`; the name alone before it is loaded."""
+    return f"{model}, {precision}" if precision else model
 
 
 def mib(num_bytes: float) -> str:
@@ -126,7 +142,10 @@ def growth(view: Growth) -> str:
     from mmmamba.sweep import charts
 
     drawn = "".join(svg(chart) for chart in charts(view.points, view.predictions))
-    ends = "".join(f'<p class="panel-note">{escape(name)}: {escape(_end(view, name))}</p>' for name in view.predictions)
+    ends = "".join(
+        f'<p class="panel-note">{escape(named(name, view.precisions.get(name, "")))}: {escape(_end(view, name))}</p>'
+        for name in view.predictions
+    )
     return f'{doing}<div class="charts">{drawn}</div>{ends}{_points(view.points)}'
 
 

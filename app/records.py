@@ -30,6 +30,7 @@ class SideRecord(TypedDict):
 
     model: str
     kind: str
+    precision: str
     stage: str
     text: str
     note: str
@@ -37,10 +38,11 @@ class SideRecord(TypedDict):
 
 
 class CompareRecord(TypedDict):
-    """A comparison so far; `agreement` comes once two answers are whole."""
+    """A comparison so far; `agreement` and `agreements` come once all answers are whole."""
 
     sides: list[SideRecord]
     agreement: dict[str, Any] | None
+    agreements: dict[str, dict[str, Any]]
     ahead: int
     wait_s: float | None
     done: bool
@@ -63,6 +65,7 @@ class BenchmarkRecord(TypedDict):
     points: list[dict[str, Any]]
     predictions: dict[str, PredictionRecord]
     ends: dict[str, str]
+    precisions: dict[str, str]
     done: bool
 
 
@@ -73,6 +76,7 @@ class InfoRecord(TypedDict):
     kind: str | None
     device: str | None
     dtype: str | None
+    precision: str | None
     max_tiles: int | None
     state_bytes: int | None
     status: dict[str, Any]
@@ -100,6 +104,7 @@ def compare_record(view: Comparison, session_id: str) -> CompareRecord:
         {
             "model": side.name,
             "kind": side.kind,
+            "precision": side.precision,
             "stage": side.stage,
             "text": side.text,
             "note": side.note,
@@ -107,10 +112,11 @@ def compare_record(view: Comparison, session_id: str) -> CompareRecord:
         }
         for side in view.sides
     ]
-    agreement = view.agreement
+    agreements = {name: asdict(says) | {"says": str(says)} for name, says in view.agreements.items()}
     return {
         "sides": sides,
-        "agreement": None if agreement is None else asdict(agreement) | {"says": str(agreement)},
+        "agreement": next(iter(agreements.values()), None),
+        "agreements": agreements,
         "ahead": view.ahead,
         "wait_s": view.wait_s,
         "done": view.done,
@@ -134,6 +140,7 @@ def benchmark_record(growth: Growth, longest: int) -> BenchmarkRecord:
         "points": [asdict(point) for point in growth.points],
         "predictions": predictions,
         "ends": dict(growth.ends),
+        "precisions": dict(growth.precisions),
         "done": growth.done,
     }
 
@@ -145,6 +152,7 @@ def info_record(engine: Engine, names: Sequence[str]) -> InfoRecord:
         "kind": None if info is None else info.kind,
         "device": None if info is None else info.device,
         "dtype": None if info is None else info.dtype,
+        "precision": None if info is None else info.precision,
         "max_tiles": None if info is None else info.max_tiles,
         "state_bytes": None if info is None else info.state_bytes,
         "status": asdict(engine.status),

@@ -10,27 +10,28 @@ from typing import Any
 import gradio as gr
 
 from app import endpoints, panel, views
-from app.backend import DTYPES
 from app.chat import Metrics
 from app.engine import Engine
 from app.handlers import KEEP_NOTHING, Handlers, box_open
 from app.keeping import Keeping
 from app.likes import Likes
-from app.models import TEACHERS, sides_of
 from app.openai_api import OpenAIAPI
 from app.options import Options
+from app.precision import offered
+from app.sides import known_models, sides_of
 from app.theme import CSS_PATH, theme
 from app.video import EXTENSIONS
 
 EXAMPLES_DIR = Path(__file__).with_name("examples")
-# (file in EXAMPLES_DIR, question): what the small model can really do.
-EXAMPLES = (
+# (file in EXAMPLES_DIR or none, question): what the small model can really do.
+EXAMPLES: tuple[tuple[str, str], ...] = (
     ("shapes.png", "How many circles are there?"),
     ("shapes.png", "What colour is the square?"),
     ("scene.png", "Describe the picture."),
     ("scene.png", "Are there more triangles than stars?"),
     ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
+    ("", "What is the capital of France?"),
 )
 COMPARED = (("scene.png", "Describe the picture."), ("shapes.png", "How many circles are there?"))
 INTRO = (
@@ -44,7 +45,7 @@ HELLO = (
 ON_LOAD = """() => {
     const name = () => {
         document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
-        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to both models");
+        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to the models");
         for (const picture of document.querySelectorAll('#chat img[alt=""]'))
             picture.alt = decodeURIComponent(picture.src.split("/").pop());
     };
@@ -86,6 +87,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
     options = Options(engine.limits)
     handlers = Handlers(engine, options, None if page.likes is None else Likes(page.likes))
     sides = sides_of(engine.model, page.teacher)
+    engine.models.together = sides.names
     with gr.Blocks(title="mmMamba", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# mmMamba\n{INTRO}", elem_id="intro")
@@ -94,7 +96,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"), gr.Row(elem_id="main"):
                 inputs = _chat(demo, handlers, page, status)
             compare = panel.Panel(engine, sides, options, page.contexts)
-            if len(sides) > 1:
+            if len(sides.names) > 1:
                 with gr.Tab("Compare with the teacher", id="compare", elem_id="compare-tab"):
                     panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
         demo.unload(handlers.forget)
@@ -142,7 +144,9 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         clear = gr.Button("New chat", elem_id="clear")
         with gr.Row(elem_id="examples"):
             examples = [
-                gr.Button(question, icon=EXAMPLES_DIR / name, elem_id=f"example-{elem_id}", min_width=110)
+                gr.Button(
+                    question, icon=EXAMPLES_DIR / name if name else None, elem_id=f"example-{elem_id}", min_width=110
+                )
                 for elem_id, (name, question) in zip(_example_ids(), EXAMPLES, strict=True)
             ]
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -166,7 +170,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         chat.edit(handlers.edit, inputs, shown, **PRIVATE),
     ]
     for button, (name, question) in zip(examples, EXAMPLES, strict=True):
-        answers.append(button.click(handlers.example(question, [str(EXAMPLES_DIR / name)]), inputs, shown, **PRIVATE))
+        files = [str(EXAMPLES_DIR / name)] if name else []
+        answers.append(button.click(handlers.example(question, files), inputs, shown, **PRIVATE))
     for answer in answers:
         answer.success(None, js=FOCUS, **PRIVATE)
         answer.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
@@ -190,8 +195,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
 
 
 def _example_ids() -> list[str]:
-    """`shapes`, `shapes-2`, ...: the picture's name, numbered where it comes again."""
-    stems = [Path(name).stem for name, _ in EXAMPLES]
+    """`shapes`, `shapes-2`, ...: the picture's name, numbered where it comes again; `words` without a picture."""
+    stems = [Path(name).stem or "words" for name, _ in EXAMPLES]
     return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
 
 
@@ -219,21 +224,27 @@ def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], store: gr.Br
 
 def _switching(handlers: Handlers, status: gr.HTML, notice: gr.HTML) -> None:
     """Another model or precision, for everybody on this server."""
-    known = sorted({*TEACHERS, *TEACHERS.values()} - {"nano"})
+    models = handlers.engine.models
     model = gr.Dropdown(
-        known,
-        value=handlers.engine.model if handlers.engine.model in known else "nano-linear",
+        known_models(),
+        value="nano-linear" if models.model == "nano" else models.model,
         allow_custom_value=True,
         label="Model",
         info="Bundled name, directory or hub id",
         elem_id="switch-model",
     )
-    dtype = gr.Dropdown(list(DTYPES), value="auto", label="Precision", elem_id="switch-dtype")
+    precision = gr.Dropdown(
+        offered(models.device),
+        value=models.precision,
+        label="Precision",
+        info="Of the weights; auto: 4 bits where that loses nothing",
+        elem_id="switch-precision",
+    )
     need = gr.HTML("", elem_id="switch-need")
     load = gr.Button("Load", elem_id="switch-load")
-    gr.on([model.input, dtype.input], handlers.need, [model, dtype], need, queue=False, **PRIVATE)
-    load.click(handlers.need, [model, dtype], need, queue=False, **PRIVATE).then(
-        handlers.switch, [model, dtype], [load, status, notice], **PRIVATE
+    gr.on([model.input, precision.input], handlers.need, [model, precision], need, queue=False, **PRIVATE)
+    load.click(handlers.need, [model, precision], need, queue=False, **PRIVATE).then(
+        handlers.switch, [model, precision], [load, status, notice], **PRIVATE
     )
 
 

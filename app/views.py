@@ -129,7 +129,7 @@ def model_status(status: LoadStatus, info: ModelInfo | None, model: str) -> str:
     """The chip beside the title: which model, and how far it is."""
     name = escape(info.name if info else Path(model).name)
     if status.stage == "ready" and info:
-        state, detail = "ready", f"{escape(info.device)}, {escape(info.dtype)}"
+        state, detail = "ready", f"{escape(info.device)}, {escape(info.precision)}"
     elif status.stage == "loading":
         state = "loading"
         bar = f'<progress max="1" value="{status.progress:.3f}" aria-label="Loading the model"></progress>'

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from app.backend import Backend, Device, Dtype, Event, MMMambaBackend, Progress, SweepPlan, SweepRun, load_backend
+from app.backend import Backend, Device, Event, MMMambaBackend, Progress, SweepPlan, SweepRun, load_backend
 from app.errors import EngineError
+from app.precision import Precision
 from app.settings import Settings
 from app.states import State
 
@@ -72,12 +73,12 @@ class ZeroGPU:
         self.call: Callable[..., Iterator[Any]] = spaces.GPU(duration=seconds)(self._work)
 
     def load(
-        self, model: str, device: Device, dtype: Dtype, progress: Progress, others: Sequence[Backend] = ()
+        self, model: str, device: Device, precision: Precision, progress: Progress, others: Sequence[Backend] = ()
     ) -> Backend:
         """As `app.backend.load_backend`, in bfloat16 unless told otherwise; `device` is that of a worker, whatever is
         asked for."""
         inner = [other.inner for other in others if isinstance(other, ZeroBackend)]
-        loaded = load_backend(model, "cpu", "bfloat16" if dtype == "auto" else dtype, progress, inner)
+        loaded = load_backend(model, "cpu", "bfloat16" if precision == "auto" else precision, progress, inner)
         assert isinstance(loaded, MMMambaBackend)
         self.models[loaded.key] = loaded
         return ZeroBackend(self, loaded)

@@ -1,5 +1,5 @@
 """Where the time of a decoded token goes: each kind of launch alone, over the weights of all layers in turn, and the
-matrix-vector kernel over the shapes of its grid. Used by `benchmarks.gpu_check`."""
+matrix-vector kernel over the shapes of its grid, and how much to ask for ahead. Used by `benchmarks.gpu_check`."""
 
 from __future__ import annotations
 
@@ -132,6 +132,21 @@ def parts(bandwidth: float) -> Iterator[dict[str, Any]]:
         free_memory()
 
 
+def ahead(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Times of a whole token for numbers of bytes that a launch asks for ahead."""
+    for scheme in SCHEMES:
+        timed = Parts(scheme)
+        launches, _, num_bytes, _ = timed.launches()["token"]
+        for mib in (0, 2, 4, 8, 12, 16, 24):
+            if enough():
+                return
+            timed.space.ahead_bytes = mib << 20
+            us = 1e3 * graph_ms(lambda f=launches: f(None))  # type: ignore[misc]
+            yield {"scheme": scheme, "ahead_mib": mib, "us": us, "share": 1e6 * num_bytes / bandwidth / us}
+        del timed
+        free_memory()
+
+
 def shapes(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Times of the products with other rows a program and other numbers of warps; ends when there is `enough`."""
     for scheme in SCHEMES:
@@ -142,7 +157,7 @@ def shapes(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, A
             default = gemv_shape(weight, timed.device, tiles=2 if name == "gate_up" else 1)
             candidates = [default]
             for block_n in (1, 2, 4, 8, 16):
-                for warps in {default.num_warps, max(1, default.num_warps // 2), min(8, default.num_warps * 2)}:
+                for warps in {default.num_warps, max(1, default.num_warps // 2), min(16, default.num_warps * 2)}:
                     candidates.append(GemvShape(block_n, default.block_w, warps))
             for shape in dict.fromkeys(candidates):
                 if enough():

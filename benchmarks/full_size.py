@@ -10,14 +10,14 @@ import re
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.checkpoint import build_meta
 from mmmamba.config import LayerType, ModelConfig
-from mmmamba.kernels.weights import Weight, round_to_nearest
+from mmmamba.kernels.weights import round_to_nearest
 from mmmamba.model import MMMamba
-from mmmamba.packing import PackedSpec
+from mmmamba.packing import PackedSpec, PackedWeight
+from quantize.linear import PackedLinear, packed_linear
 
 Kind = Literal["linear", "hybrid", "teacher"]
 Scheme = Literal["bf16", "int8", "int4"]
@@ -106,39 +106,19 @@ def random_model(config: ModelConfig, device: torch.device, scheme: Scheme = "bf
                 parent, _, attribute = name.rpartition(".")
                 # As `quantize` does it, the output head keeps 8 bits.
                 bits: Literal["int8", "int4"] = "int8" if name == "language.output" else scheme
-                setattr(model.get_submodule(parent), attribute, RoundedLinear(module.weight, bits))
+                setattr(model.get_submodule(parent), attribute, _rounded(module.weight, bits))
     return model
+
+
+def _rounded(dense: Tensor, kind: Literal["int8", "int4"]) -> PackedLinear:
+    """A layer packed without a search for better scales: that takes time, and speed does not depend on them."""
+    weight = round_to_nearest(dense, kind, group_size=GROUP_SIZE)
+    assert weight.scales is not None and weight.zeros is not None  # noqa: PT018 (for the type checker)
+    spec = PackedSpec(8 if kind == "int8" else 4, weight.group_size, weight.shape)
+    return packed_linear(PackedWeight(weight.data.flatten(), weight.scales.flatten(), weight.zeros.flatten(), spec))
 
 
 def free_memory() -> None:
     """Give back what models and states that are no longer held took on a GPU."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-class RoundedLinear(nn.Module):
-    """A packed linear layer in the layout of `mmmamba.packing`; forward unpacks the weight, slowly."""
-
-    qweight: Tensor
-    scales: Tensor
-    zeros: Tensor
-
-    def __init__(self, dense: Tensor, kind: Literal["int8", "int4"]) -> None:
-        super().__init__()
-        weight = round_to_nearest(dense, kind, group_size=GROUP_SIZE)
-        assert weight.scales is not None and weight.zeros is not None  # noqa: PT018 (for the type checker)
-        self.spec = PackedSpec(8 if kind == "int8" else 4, weight.group_size, weight.shape)
-        self.register_buffer("qweight", weight.data.flatten())
-        self.register_buffer("scales", weight.scales.flatten())
-        self.register_buffer("zeros", weight.zeros.flatten())
-
-    def packed_weight(self) -> RoundedLinear:
-        """Itself: the decoder looks for the tensors and `spec`."""
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.spec.shape[0]
-        kind: Literal["int8", "int4"] = "int8" if self.spec.bits == 8 else "int4"
-        scales, zeros = (t.view(rows, -1) for t in (self.scales, self.zeros))
-        weight = Weight(kind, self.qweight.view(rows, -1), scales, zeros, self.spec.group_size)
-        return F.linear(x, weight.dequantize(torch.float32).to(x.dtype))

@@ -10,7 +10,9 @@ Stages, in order; each writes to DIR/log.txt and DIR/results.jsonl as it goes, a
     tests    pytest on the kernels and the decoder, output in DIR/tests.txt
     prefill  times to read prompts (`benchmarks.prefill`), records in DIR/prefill.json
     parts    each launch of a token alone, beside its floor
+    ahead    a whole token over the bytes that a launch asks for ahead
     shapes   the matrix-vector kernel over rows a program and warps
+    profile  the kernels that a piece of a prompt spends its time in
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from mmmamba.generate import prefill as read_prompt
 from mmmamba.model import MMMamba
 from mmmamba.sampling import SamplingParams
 
-STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "shapes")
+STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "ahead", "shapes", "profile")
 TESTS = (
     "tests/test_kernels_decode.py",
     "tests/test_kernels_many.py",
@@ -54,7 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Size, kind, layers, dtype or scheme of what is compared. Few layers of the large size: rounding must stay visible.
 MODELS: tuple[tuple[str, Kind, tuple[int, int] | None, str], ...] = (
     ("2.6b", "linear", (2, 2), "bf16"),
-    ("nano", "linear", None, "bf16"),
+    ("nano", "linear", None, "float32"),
+    ("nano", "linear", (4, 4), "bf16"),
     ("nano", "hybrid", None, "float32"),
     ("2.6b", "hybrid", (4, 4), "int4"),
     ("2.6b", "teacher", (2, 2), "int8"),
@@ -251,6 +254,28 @@ def time_shapes(run: Run) -> None:
         run.keep("shapes", **result)
 
 
+def time_ahead(run: Run) -> None:
+    from benchmarks import decode_parts
+
+    for result in decode_parts.ahead(run.bandwidth, enough=lambda: run.left() < 5):
+        run.keep("ahead", **result)
+
+
+def profile_prefill(run: Run) -> None:
+    """Time by kernel of a prompt read in one piece, in profile.txt."""
+    model = random_model(config_of("linear"), torch.device("cuda"))
+    for prompt in (prefill.Prompt(8192), prefill.Prompt(prefill.WORDS, tiles=1)):
+        inputs = prefill.inputs_of(model, prompt)
+        read_prompt(model, inputs, model.new_state(), piece_size=8192)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            read_prompt(model, inputs, model.new_state(), piece_size=8192)
+            torch.cuda.synchronize()
+        table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60)
+        with (run.out / "profile.txt").open("a", encoding="utf-8") as out:
+            print(prompt.name, table, sep="\n", file=out)
+
+
 def run_tests(run: Run) -> None:
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-n", str(workers)]
@@ -275,7 +300,9 @@ _WORK: dict[str, Callable[[Run], None]] = {
     "tests": run_tests,
     "prefill": time_prefill,
     "parts": time_parts,
+    "ahead": time_ahead,
     "shapes": time_shapes,
+    "profile": profile_prefill,
 }
 
 

@@ -29,6 +29,7 @@ from mmmamba.memory import free_memory_bytes
 from mmmamba.model import MMMamba
 from mmmamba.sweep import CONTEXTS, Point, Prediction, Reading, Skipped, Sweep, charts, predict, run_together, to_csv
 from mmmamba.tokenizer import load_tokenizer
+from quantize import SCHEMES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD = (
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", nargs="+", default=["nano-linear", "nano-teacher"], help="(%(default)s)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
+    p.add_argument("--quantize", default=None, choices=tuple(SCHEMES), help="weights in 8 or 4 bits, of all models")
     p.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS), metavar="N")
     p.add_argument("--image", type=Path, default=None, help="repeat this picture; without it the context is text")
     p.add_argument("--steps", type=int, default=16, metavar="N", help="timed tokens a context (%(default)s)")
@@ -76,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"The machine is busy (load {load:.1f}): the times below are worth little.", file=sys.stderr)
     models: list[MMMamba] = []
     for name in args.model:
-        models.append(load_model(name, device=device, dtype=DTYPES[args.dtype], share=models))
+        loaded = load_model(name, device=device, dtype=DTYPES[args.dtype], quantize=args.quantize, share=models)
+        models.append(loaded)
     free = free_memory_bytes(device)
     predictions = {name: predict(model, bandwidth, free) for name, model in zip(args.model, models, strict=True)}
     for name, prediction in predictions.items():
@@ -88,14 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     points, skipped = measure(sweeps, predictions)
 
     date, where = datetime.now(UTC).strftime("%Y-%m-%d"), machine.device_name(device)
-    records = [asdict(point) | {"dtype": args.dtype, "device": where, "date": date} for point in points]
+    about = {"dtype": args.dtype, "quantize": args.quantize, "device": where, "date": date}
+    records = [asdict(point) | about for point in points]
     out = args.out or report.RESULTS / f"sweep-{machine.device_slug(device)}.json"
     save(records, out)
     print(f"\nrecords in {out}")
     if args.csv:
         args.csv.write_text(to_csv(points), encoding="utf-8")
     if args.png:
-        args.png.write_bytes(png(charts(points, predictions), f"{where}, {args.dtype}, {date}"))
+        args.png.write_bytes(png(charts(points, predictions), f"{where}, {args.quantize or args.dtype}, {date}"))
     summary: dict[str, Any] = {
         "bench": "sweep",
         "torch": torch.__version__,
@@ -167,7 +171,7 @@ def save(records: Iterable[dict[str, Any]], path: Path) -> None:
     """Put records into a JSON list, each in place of an older one for the same question."""
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        return r["model"], r["context"], r["image_tokens"] > 0, r["dtype"], r["device"]
+        return r["model"], r["context"], r["image_tokens"] > 0, r["dtype"], r.get("quantize"), r["device"]
 
     new = {key(r): r for r in records}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

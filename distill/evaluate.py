@@ -15,6 +15,7 @@ import torch
 from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.photos import Photos
 from distill.data.sample import Sample, Spelled
+from distill.reading import PRINTED, PRINTED_LONG
 from distill.tasks import ALTERNATIVES, ICON_TASKS, PHOTO_TASKS, TASKS, Question, held_out
 from mmmamba.model import MMMamba
 
@@ -77,9 +78,8 @@ def held_out_questions(
         tasks: of `TASKS`. None: all, but those that need photos, icons, fonts or NLVR and go without.
     Raises: ValueError for an unknown task, or one that was asked for and lacks what it needs.
     """
-    needs = (
-        dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons) | {"printed_text": fonts, "nlvr": nlvr}
-    )
+    needs = dict.fromkeys(PHOTO_TASKS, photos) | dict.fromkeys(ICON_TASKS, icons)
+    needs |= {PRINTED: fonts, PRINTED_LONG: fonts, "nlvr": nlvr}
     for task in TASKS if tasks is None else tasks:
         if tasks is None and needs.get(task, ...) is None:
             continue

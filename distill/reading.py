@@ -18,7 +18,8 @@ from distill.data.sample import rng_for
 from distill.data.shapes import NUMBERS
 
 PRINTED = "printed_text"
-READING_TASKS = (PRINTED, "charts_bar_pie", "digits", "nlvr")
+PRINTED_LONG = "printed_long"
+READING_TASKS = (PRINTED, PRINTED_LONG, "charts_bar_pie", "digits", "nlvr")
 
 
 def reading_questions(
@@ -31,18 +32,19 @@ def reading_questions(
 ) -> Iterator[tuple[Image.Image, str, str]]:
     """`count` held-out (picture, question, answer) of one task; the same for the same seed.
 
-    printed_text    "What does it say?" of words, notes and signs: words that are never trained on, in families of fonts
-                    that are not, 16 px and up. Needs fonts.
+    printed_text    "What does it say?" of up to four words, on their own, in notes and on signs: words that are never
+                    trained on, in families of fonts that are not, 16 px and up. Needs fonts.
+    printed_long    the same of five words and more.
     charts_bar_pie  one exact answer from a bar or pie chart: title, value, name or number, larger or not.
     digits          numbers to read and sums to solve that are never trained on, written or printed.
     nlvr            true or false, of the hidden statements; at most as many as there are, each asked once. Needs nlvr.
 
     Raises: ValueError for an unknown task, or what a task needs and lacks.
     """
-    if task == PRINTED:
+    if task in (PRINTED, PRINTED_LONG):
         printed = Printed("val", fonts=fonts)
         for index in range(count):
-            page, turn = printed.question(seed, index)
+            page, turn = printed.question(seed, index, long=task == PRINTED_LONG)
             yield page.image, *turn
     elif task == "charts_bar_pie":
         charts = Charts("val", fonts=fonts)
@@ -69,12 +71,13 @@ def reading_questions(
 def reads_right(task: str, predicted: str, answer: str) -> bool:
     """Whether `predicted` says the same as `answer`.
 
-    * printed_text: the same characters, capitals included, apart from white space and quotation marks around it.
+    * printed_text, printed_long: the same characters, capitals included, apart from white space and quotation marks
+      around it.
     * charts_bar_pie, digits: apart from capitals and marks at the ends; a number in digits is as good as in words, and
       zeros before a number count ("07" is not "7").
     * nlvr: true is as good as yes, false as no.
     """
-    if task == PRINTED:
+    if task in (PRINTED, PRINTED_LONG):
         return _plain(predicted) == _plain(answer)
     if task == "nlvr":
         return _truth(predicted) is not None and _truth(predicted) == _truth(answer)

@@ -24,7 +24,7 @@ from mmmamba.stored import CheckpointError as CheckpointError
 from mmmamba.stored import TensorFiles as TensorFiles
 
 BUNDLED_DIR = Path(__file__).resolve().parent.parent / "checkpoints" / "nano"
-BUNDLED = {"nano": "linear", "nano-linear": "linear", "nano-teacher": "teacher"}
+BUNDLED = {"nano": "linear", "nano-linear": "linear", "nano-hybrid": "hybrid", "nano-teacher": "teacher"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -159,7 +159,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = Non
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointError(
             f'"{name}" is neither a directory, nor a hub id such as "hustvl/mmMamba-linear", '
-            f"nor bundled ({', '.join(BUNDLED)})"
+            f"nor bundled ({', '.join(_bundled())})"
         )
     from huggingface_hub import snapshot_download
 
@@ -172,6 +172,11 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = Non
             f'"{name}"{at} is not a local directory and could not be fetched from the hub ({type(error).__name__}); '
             "check the name and the connection, log in for private models, or pass a downloaded directory"
         ) from error
+
+
+def _bundled() -> list[str]:
+    """Names of what is in this installation."""
+    return [name for name, folder in BUNDLED.items() if (BUNDLED_DIR / folder).is_dir()]
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -205,6 +210,11 @@ def build_meta(config: ModelConfig) -> MMMamba:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor once (a tied output head is the text embedding)."""
     yield from model.named_parameters(remove_duplicate=True)
+
+
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of ours is held in where the model is loaded in `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if _WIDE.search(name) else dtype
 
 
 def weights_digest(model: MMMamba) -> str:
@@ -289,8 +299,7 @@ def _fill(
             quantizer.place_(model, ours, files.as_stored(name), device, dtype)
             _share_buffers(model.get_submodule(module), module, held)
             continue
-        wide = torch.promote_types(dtype, torch.float32) if _WIDE.search(ours) else dtype
-        tensor = files.read(name, wide).to(device)
+        tensor = files.read(name, dtype_of(ours, dtype)).to(device)
         twin = _twin(ours, tensor, held)
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor) if twin is None else twin)
     model.tie_weights()

@@ -35,7 +35,7 @@ __all__ = [
 
 # Tokens read between two looks at the cancel flag: a fraction of a second of work on either device.
 CPU_PIECE = 256
-GPU_PIECE = 2048
+GPU_PIECE = 8192
 
 FinishReason = Literal["stop", "length", "cancel"]
 
@@ -93,6 +93,13 @@ def prefill(
         raise ValueError(f"piece_size={piece_size} must be 1 or more")
     ids = inputs.input_ids
     batch, seqlen = ids.shape
+    if cancel is not None and cancel.is_set():
+        raise PrefillCancelled
+    fused = decoder_for(model)
+    if fused is not None and seqlen <= piece_size:
+        read = fused.read(model, ids, inputs.pixel_values, state)
+        if read is not None:
+            return read
     config = model.config.embedding
     image_tokens = ids == config.img_context_token_id
     num_image = int(image_tokens[0].sum())

@@ -57,9 +57,14 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         # What was freed lies in the C library's lists, resident: new tensors would take it without being seen.
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         _CLEAR_REFS.write_text("5")  # sets the high-water mark of resident memory to what is resident now
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed, where the C library can (glibc): much is freed at once after a load."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library; Windows has none by that name
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

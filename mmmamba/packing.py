@@ -3,6 +3,7 @@ an offset a group. Loading turns them back into plain tensors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,12 @@ class PackedSpec:
                 "use 32 or 64, or store the tensor whole"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers, scales and offsets."""
+        numel = math.prod(self.shape)
+        return numel * self.bits // 8 + 4 * (numel // self.group_size)
+
 
 class PackedWeight(NamedTuple):
     """A weight as it is stored: qweight uint8 flat, scales and zeros float16, one a group."""
@@ -37,6 +44,12 @@ class PackedWeight(NamedTuple):
     scales: Tensor
     zeros: Tensor
     spec: PackedSpec
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows `start` to `stop` of a matrix, sharing memory. (6 bits: whole bytes hold 4 columns, as rows do.)"""
+        spec = PackedSpec(self.spec.bits, self.spec.group_size, (stop - start, self.spec.shape[1]))
+        qweight, scales, zeros = (t.view(self.spec.shape[0], -1)[start:stop].flatten() for t in self[:3])
+        return PackedWeight(qweight, scales, zeros, spec)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return unpack(self.qweight, self.scales, self.zeros, self.spec, dtype)

@@ -116,6 +116,12 @@ def to_parts(layer: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().contiguous().cpu() for name, t in state.items()}
 
 
+def nbytes_of(scheme: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight (rows, columns) and its scales."""
+    rows, cols = shape
+    return rows * cols // 2 + 4 * (rows * cols // BLOCK) if scheme == "bnb-nf4" else rows * (cols + 4)
+
+
 def _empty(scheme: str, shape: tuple[int, ...], bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Any:
     """A layer without a weight."""
     nn_bnb = import_bitsandbytes().nn

@@ -20,6 +20,9 @@ from quantize.torch_products import Product, torch_product
 # Rows of x up to which products with packed weights take less time than unpacking and one large product (measured at
 # nano's shapes with one thread: they meet at 16 to 20 rows, and near 90).
 FEW_ROWS, FEW_ROWS_TORCH = 16, 64
+# Rows of W that are unpacked at once: an output head of 92,553 rows would take as much memory as the rest of a small
+# model.
+UNPACKED_ROWS = 1 << 14
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +30,9 @@ log = logging.getLogger(__name__)
 class PackedLinear(nn.Module):
     """y = x W^T + bias with W packed; `qweight` uint8 flat, `scales` and `zeros` float16, one a group.
 
-    The slow, obvious path unpacks W in the dtype of x, some rows at a time, on any device. On a CPU few rows of x are
-    multiplied without that: by our C (`mmmamba.kernels.native`), or by torch's own kernels where that cannot be built.
+    The slow, obvious path unpacks W in the dtype of x, `UNPACKED_ROWS` at a time, on any device. On a CPU few rows of x
+    are multiplied without that: by our C (`mmmamba.kernels.native`), or by torch's own kernels where that cannot be
+    built.
     """
 
     bits: ClassVar[int]
@@ -52,15 +56,23 @@ class PackedLinear(nn.Module):
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features), unpacked anew."""
-        lib = _library(self.qweight.device.type, dtype, refusal_of(self.packed_weight()))
-        return self.packed_weight().unpack(dtype) if lib is None else unpack(lib, self.packed_weight()).to(dtype)
+        return _unpacked(self.packed_weight(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         product = self._product_for(x, len(rows)) if len(rows) else None
         if product is None:
-            return F.linear(x, self.weight_as(x.dtype), self.bias)
+            return self._by_unpacking(x)
         y = product(rows).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def _by_unpacking(self, x: Tensor) -> Tensor:
+        if self.out_features <= UNPACKED_ROWS:
+            return F.linear(x, self.weight_as(x.dtype), self.bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, UNPACKED_ROWS):
+            rows = self.packed_weight().rows(start, min(start + UNPACKED_ROWS, self.out_features))
+            y[..., start : start + UNPACKED_ROWS] = F.linear(x, _unpacked(rows, x.dtype))
         return y if self.bias is None else y + self.bias
 
     def _product_for(self, x: Tensor, num_rows: int) -> Product | None:
@@ -118,6 +130,11 @@ class PackedEmbedding(nn.Module):
         rows = PackedSpec(spec.bits, spec.group_size, (len(flat), self.embedding_dim))
         dtype = self.get_buffer("like").dtype
         return dequantize(q, scales, zeros, rows, dtype).view(*ids.shape, self.embedding_dim)
+
+
+def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    lib = _library(weight.qweight.device.type, dtype, refusal_of(weight))
+    return weight.unpack(dtype) if lib is None else unpack(lib, weight).to(dtype)
 
 
 def _library(device_type: str, dtype: torch.dtype, refusal: str) -> ctypes.CDLL | None:

@@ -66,14 +66,20 @@ def _search_groups(groups: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]
     return q.to(torch.uint8), scale.flatten(), zero.flatten()
 
 
+def widened(spec: PackedSpec) -> PackedSpec:
+    """That of `widen`'s result."""
+    return PackedSpec(8, spec.group_size, spec.shape) if spec.bits == 6 else spec
+
+
 def widen(weight: PackedWeight) -> PackedWeight:
     """6 bits as 8, the same values: what a token reads should unpack fast. Others come back as they are."""
     if weight.spec.bits != 6:
         return weight
-    spec = PackedSpec(8, weight.spec.group_size, weight.spec.shape)
+    spec = widened(weight.spec)
     wide = weight.qweight.new_empty(weight.qweight.numel() // 3 * 4)
-    # In pieces: a table's scratch would be the most that loading a model takes.
-    for few, many in zip(weight.qweight.split(3 * CHUNK_NUMEL // 4), wide.split(CHUNK_NUMEL), strict=True):
+    # In small pieces: a table's scratch would be the most that loading a model takes.
+    piece = 2**18
+    for few, many in zip(weight.qweight.split(3 * piece // 4), wide.split(piece), strict=True):
         many.copy_(unpack_bits(few, 6))
     return PackedWeight(wide, weight.scales, weight.zeros, spec)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
+from tests.bundles import write_bundle
 from tests.reading import write_fonts, write_nlvr
 
 # Kernels run in Triton's interpreter where there is no GPU; it must be told before anything imports Triton.
@@ -54,6 +55,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_dir`, with softmax attention in every layer."""
     return tiny_checkpoint(tmp_path_factory, "hovle")
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A folder with a tiny linear, a hybrid and a teacher, stored in 4 bits as nano is."""
+    return write_bundle(tmp_path_factory.mktemp("bundle"), tiny_dir)
 
 
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:

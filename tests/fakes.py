@@ -96,10 +96,10 @@ class FakeBackend:
     `[slow-read]` (takes a second to read). Every word of an answer takes `word_s` seconds.
     """
 
-    def __init__(self, word_s: float = 0.0, name: str = "fake") -> None:
+    def __init__(self, word_s: float = 0.0, name: str = "fake", precision: str = "float32") -> None:
         self.word_s = word_s
-        kind = "teacher" if "teacher" in name else "linear"
-        self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}")
+        kind = "teacher" if "teacher" in name else "hybrid" if "hybrid" in name else "linear"
+        self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}", precision)
         self.key = f"{name}|cpu|float32"
         self.mover = FakeMover()
         self.read_again: list[str] = []
@@ -219,4 +219,4 @@ class FakeLoader:
             raise OSError(f"no config.json in {model}")
         if "broken" in model:
             raise ValueError("its file is cut short")
-        return FakeBackend(self.word_s, Path(model).name)
+        return FakeBackend(self.word_s, Path(model).name, "float32" if dtype == "auto" else dtype)

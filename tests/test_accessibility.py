@@ -21,7 +21,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine = Engine("fake", loader=FakeLoader())
-    page = PageOptions(teacher="fake-teacher", likes=tmp_path_factory.mktemp("likes") / "likes.jsonl")
+    page = PageOptions(teacher="fake-hybrid,fake-teacher", likes=tmp_path_factory.mktemp("likes") / "likes.jsonl")
     blocks = build(engine, page)
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url

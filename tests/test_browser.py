@@ -12,6 +12,7 @@ import pytest
 from fakes import FakeLoader
 
 from app.engine import Engine
+from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 
 if TYPE_CHECKING:
@@ -449,6 +450,45 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:
     page.wait_for_selector("#notice [role=alert]:has-text('fake goes on answering')")
     ask(page, "hello")
     bot(page, "turn 1 images 0: hello")
+
+
+def test_precision_is_switched_and_models_are_chosen(browser: Browser) -> None:
+    """Three models, of which two are asked, in 4 bits."""
+    engine = Engine("fake", "cpu", loader=FakeLoader(), need=lambda *_: MemoryNeed(2**27, 2**33, "int4"))
+    blocks = build(engine, PageOptions(teacher="fake-hybrid,fake-teacher"))
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page.set_default_timeout(15_000)
+    try:
+        page.goto(blocks.local_url)
+        page.wait_for_selector("#model .chip-ready:has-text('cpu, float32')")
+        page.click("#switch > button")
+        page.click("#switch-precision input")
+        page.locator("[role=option]").filter(has_text="int4: 4 bits").click()
+        page.wait_for_selector(
+            "#switch-need:has-text('Needs 128 MiB of memory for weights in int4, 8.0 GiB are free.')"
+        )
+        page.click("#switch-load")
+        page.wait_for_selector("#model .chip-ready:has-text('cpu, int4')")
+        page.click("#compare-tab-button")
+        page.locator("#compare-models input").first.uncheck()
+        page.click("#compare-shapes")
+        page.wait_for_selector("#panel:has-text('The answers are equal.')")
+        assert page.locator("#panel .side").count() == 2
+        for kind in ("hybrid", "teacher"):
+            page.wait_for_selector(f"#panel .side-{kind} h2:has-text('fake-{kind}, int4')")
+        page.locator("#compare-models input").first.check()
+        page.click("#compare-shapes")
+        page.wait_for_selector("#panel:has-text('fake-hybrid and fake-teacher: The answers are equal.')")
+        assert page.locator("#panel .side").count() == 3
+        assert "turn 1 images 1" in page.inner_text("#panel"), "one of them had not seen the first question"
+        for box in page.locator("#compare-models input").all()[:2]:
+            box.uncheck()
+        page.click("#compare-shapes")
+        page.wait_for_selector("#compare-notice [role=alert]:has-text('Choose two models or more')")
+    finally:
+        page.close()
+        blocks.close(verbose=False)
 
 
 def test_video_is_asked_about_as_frames(page: Page, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from app.chat import Chat
 from app.compare import MOST_POINTS, Compare, Comparison, Watch, thin
 from app.engine import Engine, EngineError, Settings
 from app.grow import Grow, Growth
-from app.models import sides_of
+from app.sides import BUNDLED_DIR, KINDS, Sides, kind_of, known_models, sides_of
+from mmmamba import checkpoint
 from mmmamba.generate import decode_one_token
 
 NAMES = ("fake", "fake-teacher")
@@ -145,17 +146,48 @@ def test_limits_hold() -> None:
 
 
 def test_which_models_stand_side_by_side() -> None:
-    assert sides_of("nano", None) == ("nano", "nano-teacher")
-    assert sides_of("nano", "") == ("nano",)
-    assert sides_of("/srv/mine", None) == ("/srv/mine",)
-    assert sides_of("/srv/mine", "/srv/other") == ("/srv/mine", "/srv/other")
-    assert sides_of("a", "b, c,a") == ("a", "b", "c")
+    assert sides_of("nano", None).usual == ("nano", "nano-teacher")
+    assert sides_of("nano", "").names == ("nano",)
+    assert sides_of("/srv/mine", None).names == ("/srv/mine",)
+    assert sides_of("/srv/mine", "/srv/other").usual == ("/srv/mine", "/srv/other")
+    assert sides_of("a", "b, c,a") == Sides(("a", "b", "c"), ("a", "b", "c"))
+    published = sides_of("hustvl/mmMamba-linear", None)
+    assert published.names == ("hustvl/mmMamba-linear", "hustvl/mmMamba-hybrid", "OpenGVLab/HoVLE")
+    assert published.usual == ("hustvl/mmMamba-linear", "OpenGVLab/HoVLE")
+    assert sides_of("OpenGVLab/HoVLE", None).usual == ("OpenGVLab/HoVLE", "hustvl/mmMamba-linear")
+    assert published.called(["HoVLE", "mmMamba-hybrid"]) == ("hustvl/mmMamba-hybrid", "OpenGVLab/HoVLE")
+    assert published.called([]) == published.usual
+
+
+def test_a_hybrid_of_the_bundle_can_be_chosen(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name where it lies beside nano, and by its folder in any other bundle."""
+    linear, hybrid, teacher = (str(bundle_dir / kind) for kind in KINDS)
+    assert sides_of(linear, None) == Sides((linear, hybrid, teacher), (linear, teacher))
+    assert sides_of(hybrid, None) == Sides((hybrid, linear, teacher), (hybrid, teacher))
+    monkeypatch.setattr("app.sides.BUNDLED_DIR", bundle_dir)
+    monkeypatch.setattr(checkpoint, "BUNDLED_DIR", bundle_dir)
+    assert sides_of("nano", None) == Sides(("nano", "nano-hybrid", "nano-teacher"), ("nano", "nano-teacher"))
+    assert known_models()[:3] == ["nano-linear", "nano-hybrid", "nano-teacher"]
+    assert checkpoint.resolve_checkpoint("nano-hybrid") == bundle_dir / "hybrid"
+    monkeypatch.setattr("app.sides.BUNDLED_DIR", tmp_path)
+    assert sides_of("nano", None).names == ("nano",), "an installation without its weights"
+
+
+def test_names_without_torch_are_those_of_the_checkpoints() -> None:
+    assert BUNDLED_DIR == checkpoint.BUNDLED_DIR
+    assert {f"nano-{kind}" for kind in KINDS} | {"nano"} == set(checkpoint.BUNDLED)
+    kinds = {"nano": "linear", "nano-hybrid": "hybrid", "a/mmMamba-linear": "linear", "OpenGVLab/HoVLE": "teacher"}
+    kinds |= {"x": "", "b/teacher": "teacher"}
+    assert {name: kind_of(name) for name in kinds} == kinds
 
 
 def test_three_answer_in_turn() -> None:
     final = last(Compare(engine_of(), ("fake", "fake-hybrid", "fake-teacher")).ask("what is this"))
     assert [side.text for side in final.sides] == ["turn 1 images 0: what is this"] * 3
     assert final.agreement is not None
+    assert list(final.agreements) == ["fake", "fake-hybrid"], "each with the teacher"
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:

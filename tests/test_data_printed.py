@@ -346,6 +346,9 @@ def test_held_out_text_is_never_trained_on(font_pack: Path) -> None:
     words = [word.lower() for _, _, answer in asked for word in answer.split()]
     assert not [word for word in words if word in known and not _is_month(word)]  # months: dates are held out whole
     assert len({answer for _, _, answer in asked}) > 35
+    assert max(len(answer.split()) for _, _, answer in asked) == 4
+    long = [answer for _, _, answer in reading_questions("printed_long", 20, fonts=font_pack)]
+    assert min(len(answer.split()) for answer in long) >= 5
 
 
 @pytest.mark.parametrize(

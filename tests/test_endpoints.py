@@ -59,8 +59,9 @@ def test_only_these_are_public_with_named_parameters(client: Client) -> None:
         for endpoint, about in api["named_endpoints"].items()
     }
     sampling = ["temperature", "top_p", "max_new_tokens", "max_tiles", "greedy", "seed", "top_k", "min_p"]
-    assert names["/chat"] == names["/compare"] == ["message", "session_id", *sampling, "repetition_penalty", "system"]
-    assert names["/benchmark"] == ["longest", "minutes", "image"]
+    assert names["/chat"] == ["message", "session_id", *sampling, "repetition_penalty", "system"]
+    assert names["/compare"] == [*names["/chat"], "models"]
+    assert names["/benchmark"] == ["longest", "minutes", "image", "models"]
     assert names["/info"] == []
     for about in api["named_endpoints"].values():
         assert all(p["parameter_has_default"] for p in about["parameters"][1:])
@@ -94,6 +95,30 @@ def test_compare_streams_both_answers_with_their_figures(client: Client) -> None
     assert student["context"] == student["text_tokens"] + student["image_tokens"]
     assert student["ms_per_token"] > 0
     assert final["agreement"]["share"] == 1
+
+
+def test_models_can_be_chosen(engine: Engine) -> None:
+    blocks = build(engine, PageOptions(teacher="fake-hybrid,fake-teacher"))
+    blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
+    try:
+        three = Client(blocks.local_url, download_files=False, verbose=False)
+        final = call(three, "/compare", message("one"))[-1]
+        assert [side["kind"] for side in final["sides"]] == ["linear", "hybrid", "teacher"]
+        assert {name: says["share"] for name, says in final["agreements"].items()} == {"fake": 1, "fake-hybrid": 1}
+        two = call(three, "/compare", message("one"), models=["fake-teacher", "fake-hybrid"])[-1]
+        assert [side["model"] for side in two["sides"]] == ["fake-hybrid", "fake-teacher"]
+        again = call(three, "/compare", message("two"), two["session_id"], models=["fake-hybrid", "fake-teacher"])[-1]
+        assert again["sides"][0]["text"] == "turn 2 images 0: two"
+        assert len(call(three, "/compare", message("two"), final["session_id"])[-1]["sides"]) == 3
+        for session, models, says in (
+            (two["session_id"], ["fake", "fake-teacher"], "models that it began with"),
+            ("", ["fake"], "name two or more"),
+            ("", ["fake", "other"], "other"),
+        ):
+            with pytest.raises(AppError, match=says):
+                call(three, "/compare", message("x"), session, models=models)
+    finally:
+        blocks.close(verbose=False)
 
 
 def test_compare_goes_on_from_both_states(client: Client) -> None:
@@ -177,7 +202,7 @@ def test_limits_hold_for_benchmarks(client: Client, longest: int, minutes: float
 def test_info_tells_model_and_limits(client: Client) -> None:
     call(client, "/chat", message("x"))
     info = client.predict(api_name="/info")
-    assert (info["model"], info["kind"], info["device"]) == ("fake", "linear", "cpu")
+    assert (info["model"], info["kind"], info["device"], info["precision"]) == ("fake", "linear", "cpu", "float32")
     assert info["compared"] == ["fake", "fake-teacher"]
     assert info["limits"] == asdict(LIMITS)
     assert info["contexts"] == [1024, 4096, 16_384]

@@ -394,9 +394,9 @@ def test_folders_of_the_server_are_left_out(text: str, shown: str) -> None:
     assert without_folders(text) == shown
 
 
-def test_unknown_dtype_is_refused_at_once() -> None:
+def test_unknown_precision_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="float8"):
-        Engine(dtype="float8")
+        Engine(precision="float8")
 
 
 def test_metrics_default_to_nothing_measured() -> None:
@@ -414,11 +414,12 @@ def real(tiny_dir: Path) -> Engine:
 
 def test_real_model_is_described(tiny_dir: Path) -> None:
     backend = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None)
-    packed = load_backend(str(tiny_dir), "cpu", "auto", lambda fraction, note: None, quantize="int4")
+    packed = load_backend(str(tiny_dir), "cpu", "int4", lambda fraction, note: None)
     assert (backend.model.scheme, packed.model.scheme) == (None, "int4")
     info = backend.info
     dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
-    assert (info.kind, info.device, info.dtype) == ("linear", "cpu", dtype)
+    assert (info.kind, info.device, info.dtype, info.precision) == ("linear", "cpu", dtype, dtype)
+    assert (packed.info.dtype, packed.info.precision) == (dtype, "int4")
     assert info.state_bytes == backend.new_state().nbytes > 0
 
 

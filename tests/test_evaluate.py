@@ -254,7 +254,7 @@ def test_replies_are_those_of_a_chat(
     kind: str, tokenizer: Tokenizer, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model nobody trained never stops of itself; here every seventh token ends a reply, each at another length."""
-    for module in ("distill.replies", "mmmamba.conversation"):
+    for module in ("mmmamba.batch", "mmmamba.conversation"):
         monkeypatch.setattr(f"{module}.stop_token_ids", lambda *args: tuple(range(0, 49_152, 7)))
     model = load_model(teacher_dir)
     if kind != "teacher":

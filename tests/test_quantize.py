@@ -20,9 +20,10 @@ from mmmamba.checkpoint import save_model, weights_digest
 from mmmamba.cost import weight_bytes
 from mmmamba.generate import ModelInputs, prefill
 from mmmamba.model import MMMamba
+from mmmamba.packing import PackedSpec, PackedWeight, pack
 from mmmamba.stored import INDEX, QUANTIZED_METADATA, CheckpointError
 from quantize import Quantizer, load_quantized, quantize_, save_quantized
-from quantize.linear import Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
+from quantize.linear import FEW_ROWS_TORCH, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, packed_linear
 from quantize.pack import nearest
 from tests.helpers import assert_near, random_model, random_tiles, relative_error, tiny_raw
 
@@ -254,6 +255,22 @@ def test_a_file_whose_metadata_is_not_its_own(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_long_head_is_unpacked_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, x = torch.randn(23, 64, generator=torch.Generator().manual_seed(0)), torch.randn(40, 2, 64)
+    spec = PackedSpec(bits, 32, (23, 64))
+    layer = packed_linear(PackedWeight(*pack(dense, spec), spec), torch.randn(23))
+    assert len(x) * 2 > FEW_ROWS_TORCH, "so many that they are multiplied by unpacking"
+    whole = layer(x)
+    unpacked: list[int] = []
+    monkeypatch.setattr("quantize.linear.UNPACKED_ROWS", 10)
+    real = PackedWeight.unpack
+    monkeypatch.setattr("quantize.linear.load_native", lambda: (None, "for the test"))
+    monkeypatch.setattr(PackedWeight, "unpack", lambda w, dtype: unpacked.append(w.spec.shape[0]) or real(w, dtype))
+    assert_near("in parts", layer(x), whole, 1e-5)
+    assert unpacked == [10, 10, 3]
+
+
 def test_packed_weights_are_held_once(tmp_path: Path) -> None:
     """Two models on one device that share what is frozen: quantized too."""
     source = plain(tmp_path)
@@ -295,23 +312,31 @@ def test_nano_answers_as_before(nano: MMMamba, scheme: str, kl_limit: float) -> 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets a process reset its peak")
 @pytest.mark.parametrize("scheme", [None, *PACKED])
 def test_loading_never_holds_the_full_model(scheme: str | None, tmp_path: Path) -> None:
-    """In a process of its own: what it grows by is a quantized checkpoint's size and a little."""
+    """In a process of its own: what it grows by is a quantized checkpoint's size and a little, also when all of it has
+    been read (weights may stay in the mapped file, which is not read at once)."""
     script = (
         "import sys, torch\n"
-        "import quantize.api\n"
         "from mmmamba import load_model\n"
         "from mmmamba.memory import peak_memory_bytes, reset_peak_memory\n"
         "cpu = torch.device('cpu')\n"
+        "def load_and_touch(name):\n"
+        "    model = load_model(name)\n"
+        "    for t in (*model.parameters(), *model.buffers()):\n"
+        "        t.detach().flatten()[::512].float().sum()\n"  # an element of every page
+        "    return model\n"
+        "small = load_and_touch(sys.argv[1])\n"  # modules and code that loading needs
         "reset_peak_memory(cpu)\n"
         "before = peak_memory_bytes(cpu)\n"
-        "model = load_model(sys.argv[1])\n"
+        "model = load_and_touch(sys.argv[2])\n"
         "print(peak_memory_bytes(cpu) - before)\n"
     )
+    small = tmp_path / "small"
+    save_quantized(load_model(plain(tmp_path / "plain"), quantize=scheme or "int8"), small)
     name, limit = "nano-linear", 0
     if scheme is not None:
-        weights = save_quantized(load_model("nano-linear", quantize=scheme), tmp_path)
-        name, limit = str(tmp_path), weights.stat().st_size
-    command = [sys.executable, "-c", script, name]
+        weights = save_quantized(load_model("nano-linear", quantize=scheme), tmp_path / "nano")
+        name, limit = str(weights.parent), weights.stat().st_size
+    command = [sys.executable, "-c", script, str(small), name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     if scheme is None:
         assert int(done.stdout) > 5e8, "what this test would see if the model were held in full"

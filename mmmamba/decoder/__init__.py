@@ -88,6 +88,7 @@ def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
     if capability < MIN_CAPABILITY or torch.version.hip is not None:
         return None, f"{torch.cuda.get_device_name(model.device)} is no NVIDIA card that multiplies bf16"
     try:
+        from mmmamba.decoder.check import disagreement
         from mmmamba.decoder.fused import FusedDecoder
         from mmmamba.decoder.layers import Unsupported
     except Exception as error:  # whatever a broken build of Triton raises means "not here"
@@ -97,7 +98,7 @@ def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
     for overlap in (True, False):
         try:
             decoder = FusedDecoder(model, overlap=overlap)
-            difference = decoder.disagreement(model)
+            difference = disagreement(model, overlap=overlap)
         except Unsupported as error:
             return None, str(error)
         except Exception as error:  # a compiler that fails on this card raises its own; the plain path needs none

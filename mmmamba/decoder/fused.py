@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from mmmamba.decoder.layers import Unsupported, gather
+from mmmamba.decoder.reading import PromptReader
 from mmmamba.decoder.session import Binding, Session
 from mmmamba.decoder.workspace import BUCKETS, Workspace, bucket_of
 from mmmamba.kernels.sampler import MAX_STOPS
 from mmmamba.model import MMMamba
 from mmmamba.sampling import SamplingParams
 from mmmamba.state import DecodeState
-
-CHECKED_TOKENS = 3
 
 
 class FusedDecoder:
@@ -35,6 +34,18 @@ class FusedDecoder:
         self._fingerprint = model.config.fingerprint()
         self._image_id = model.config.embedding.img_context_token_id
         self._free: dict[int, list[Workspace]] = {}
+        self._reader = PromptReader()
+
+    # --- prompts ---
+
+    def read(self, model: MMMamba, input_ids: Tensor, pixel_values: Tensor | None, state: DecodeState) -> Tensor | None:
+        """Read a whole prompt by replaying a graph: logits of its last position (batch, vocab_size), `state` advanced;
+        or None, with the state as it was, where the prompt has to be read without one.
+
+        Args: model: the one that this decoder was made from.
+        """
+        shape = self._reader.shape_of(model, input_ids, pixel_values, state)
+        return None if shape is None else self._reader.read(model, input_ids, pixel_values, state, shape)
 
     # --- sessions ---
 
@@ -102,8 +113,11 @@ class FusedDecoder:
         return token.is_cuda or not bool((token == self._image_id).any())
 
     @torch.inference_mode()
-    def decode_one_token(self, token: Tensor, state: DecodeState) -> Tensor:
-        """As `generate.decode_one_token`: tokens (batch,), logits (batch, vocab_size); advances `state`."""
+    def decode_one_token(self, token: Tensor, state: DecodeState, *, graph: bool = True) -> Tensor:
+        """As `generate.decode_one_token`: tokens (batch,), logits (batch, vocab_size); advances `state`.
+
+        Args: graph: replay a CUDA graph, made at the first call, rather than launch kernel by kernel.
+        """
         space = self._take(state.batch)
         try:
             binding = Binding(space, [state])
@@ -112,23 +126,12 @@ class FusedDecoder:
             binding.write_frequencies()
             space.draws.alive.copy_(binding.by_row([(1,)], torch.int32)[0])
             space.draws.token[: state.batch].copy_(token, non_blocking=True)
-            space.run(None)
+            if graph:
+                space.run(None)
+            else:
+                space.launch(None)
             for stack in state.stacks:
                 stack.seqlen += 1
             return space.logits[: state.batch].clone()
         finally:
             self._give_back(space)
-
-    @torch.inference_mode()
-    def disagreement(self, model: MMMamba) -> float:
-        """Relative RMS difference of logits from the plain path over a few tokens from an empty state, or NaN."""
-        mine, plain = model.new_state(), model.new_state()
-        errors = []
-        for token in range(CHECKED_TOKENS + 1):
-            if token == self._image_id:
-                continue
-            ids = torch.tensor([token], device=self.device)
-            want = model(ids[:, None], None, plain)[:, -1].float()
-            got = self.decode_one_token(ids, mine).float()
-            errors.append((got - want).square().mean() / want.square().mean())
-        return float(torch.stack(errors).max().sqrt())

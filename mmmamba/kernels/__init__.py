@@ -64,7 +64,14 @@ class FusedOps(Protocol):
     def swiglu(self, a: Tensor, b: Tensor) -> Tensor: ...
 
     def mix_inputs(
-        self, u: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, hidden_size: int
+        self,
+        u: Tensor,
+        conv_state: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        dt_bias: Tensor,
+        hidden_size: int,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...

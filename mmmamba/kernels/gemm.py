@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.kernels.gemv import BITS, MixerRows, mixer_rows, silu
+from mmmamba.kernels.gemv import BITS, MixerRows, mixer_numbers, mixer_rows, silu
 from mmmamba.kernels.launch import multiprocessors, next_power_of_2
 from mmmamba.kernels.weights import Weight
 
@@ -132,7 +132,9 @@ def gemm(
         in_conv = mask & (n < CONV)[:, None]
         prev = tl.load(states[None, :] + n[:, None], in_conv, other=0.0).to(tl.float32)
         tl.store(states[None, :] + n[:, None], u.to(narrow), in_conv & going[None, :])
-        acc = mixer_rows(u, prev, n[:, None], conv_weight, conv_bias, dt_bias, n_ok[:, None], CONV, GATE)
+        tap0, tap1, bias, step_bias = mixer_numbers(n, conv_weight, conv_bias, dt_bias, n_ok, CONV, GATE)
+        rows = n[:, None]
+        acc = mixer_rows(u, prev, rows, tap0[:, None], tap1[:, None], bias[:, None], step_bias[:, None], CONV, GATE)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask)
 
 

@@ -9,7 +9,8 @@
                           the convolution's state moves on
 
 One program owns BLOCK_N rows of W over the whole of K: it starts the loads of all its weights at once (BLOCK_N * K
-numbers, 16 to 32 KB, 16 bytes a load), only then waits for the kernel before it, reads x (from L2 for the first program
+numbers, 16 to 32 KB, 16 bytes a load), asks for a share of what the next launches read (`ahead.py`), only then waits
+for the kernel before it, reads x (from L2 for the first program
 of a multiprocessor, from L1 for the others), and ends in one reduction over its threads. No sum crosses programs, so
 results do not depend on the order in which they run, and each row of x is a computation of its own.
 Bytes to move: W once, `Weight.nbytes`; x, norm and out are small beside it.
@@ -31,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mmmamba.kernels.ahead import NOTHING, Ahead, fetch_ahead
 from mmmamba.kernels.launch import GemvShape, gemv_shape
 from mmmamba.kernels.weights import Weight
 
@@ -94,12 +96,29 @@ def _words(base, n_index, m_index, n_ok, m_ok, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _of_groups(
+    table, n_index, n_ok,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Scales or zeros of a tile: (BLOCK_N,) of whole rows, (BLOCK_N, groups a row) else; of dense weights a zero."""
+    if BITS == 16:
+        return 0.0
+    elif GROUP == K:
+        return tl.load(table + n_index, n_ok, other=0.0)
+    else:
+        g_index = tl.arange(0, BLOCK_W * (K // WORDS) // GROUP)
+        place = n_index[:, None] * (K // GROUP) + g_index[None, :]
+        return tl.load(table + place, n_ok[:, None] & (g_index < K // GROUP)[None, :], other=0.0)
+
+
+@triton.jit
 def _dot(
-    words, scales, zeros, magic, x_base, norm, n_index, m_index, n_ok, m_ok,
+    words, scale, zero, magic, x_base, norm, m_index, m_ok,
     K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, X_PHASES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Products of a tile with one row of x: sums (BLOCK_N,) before the norm's 1 / rms, and the sum of squares of x."""
+    """Products of a tile with one row of x: sums (BLOCK_N,) before the norm's 1 / rms, and the sum of squares of x.
+    `scale` and `zero` are as `_of_groups` reads them."""
     PHASES: tl.constexpr = K // WORDS
     acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     squares = tl.zeros([BLOCK_W], tl.float32)
@@ -125,33 +144,33 @@ def _dot(
     if BITS == 16:
         y = tl.sum(acc, axis=1)
     elif GROUP == K:
-        y = tl.sum(acc - x_base_sum[None, :], axis=1) * tl.load(scales + n_index, n_ok, other=0.0).to(tl.float32)
-        y += tl.sum(x_sum, axis=0) * tl.load(zeros + n_index, n_ok, other=0.0).to(tl.float32)
+        y = tl.sum(acc - x_base_sum[None, :], axis=1) * scale.to(tl.float32)
+        y += tl.sum(x_sum, axis=0) * zero.to(tl.float32)
     else:
         GROUP_WORDS: tl.constexpr = GROUP // PHASES
         BLOCK_G: tl.constexpr = BLOCK_W // GROUP_WORDS
         sums = tl.sum(tl.reshape(acc - x_base_sum[None, :], [BLOCK_N, BLOCK_G, GROUP_WORDS]), axis=2)
         x_sums = tl.sum(tl.reshape(x_sum, [BLOCK_G, GROUP_WORDS]), axis=1)
-        g_index = tl.arange(0, BLOCK_G)
-        place = n_index[:, None] * (K // GROUP) + g_index[None, :]
-        mask = n_ok[:, None] & (g_index < K // GROUP)[None, :]
-        scale = tl.load(scales + place, mask, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + place, mask, other=0.0).to(tl.float32)
-        y = tl.sum(scale * sums + zero * x_sums[None, :], axis=1)
+        y = tl.sum(scale.to(tl.float32) * sums + zero.to(tl.float32) * x_sums[None, :], axis=1)
     return y, tl.sum(squares, axis=0)
 
 
 @triton.jit
-def mixer_rows(u, prev, n, conv_weight, conv_bias, dt_bias, n_ok, CONV: tl.constexpr, GATE: tl.constexpr):
-    """What the rows `n` of the mixer's projection become: u and prev (the convolution's state) are float32 holding
-    numbers of the model's dtype."""
+def mixer_numbers(n, conv_weight, conv_bias, dt_bias, n_ok, CONV: tl.constexpr, GATE: tl.constexpr):
+    """What `mixer_rows` needs for the rows `n`: two taps, the bias, and that of the step size."""
     is_conv = n_ok & (n < CONV)
     tap0 = tl.load(conv_weight + 2 * n, is_conv, other=0.0).to(tl.float32)
     tap1 = tl.load(conv_weight + 2 * n + 1, is_conv, other=0.0).to(tl.float32)
     bias = tl.load(conv_bias + n, is_conv, other=0.0).to(tl.float32)
+    step_bias = tl.load(dt_bias + (n - CONV - GATE), n_ok & (n >= CONV + GATE), other=0.0).to(tl.float32)
+    return tap0, tap1, bias, step_bias
+
+
+@triton.jit
+def mixer_rows(u, prev, n, tap0, tap1, bias, step_bias, CONV: tl.constexpr, GATE: tl.constexpr):
+    """What the rows `n` of the mixer's projection become: u and prev (the convolution's state) are float32 holding
+    numbers of the model's dtype."""
     mixed = tl.where(n < CONV, bias + prev * tap0 + u * tap1, u)
-    is_dt = n_ok & (n >= CONV + GATE)
-    step_bias = tl.load(dt_bias + (n - CONV - GATE), is_dt, other=0.0).to(tl.float32)
     return tl.where(n >= CONV + GATE, softplus(u + step_bias), silu(mixed))
 
 
@@ -159,6 +178,7 @@ def mixer_rows(u, prev, n, conv_weight, conv_bias, dt_bias, n_ok, CONV: tl.const
 def gemv(
     x, norm, w, scales, zeros, w2, scales2, zeros2, out,
     conv_weight, conv_bias, dt_bias, conv_table, alive,
+    ahead, ahead2, ahead_start, ahead_share, ahead_stop,
     N, eps, magic,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     X_PHASES: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_PHASES: tl.constexpr,
@@ -179,34 +199,50 @@ def gemv(
     words = _words(w, n_wide, m, n_ok, m_ok, WORDS)
     if EPILOGUE == "swiglu":
         words2 = _words(w2, n_wide, m, n_ok, m_ok, WORDS)
+    # What no kernel writes is read before the wait: behind it every read is most of a microsecond in which the memory
+    # rests.
+    scale = _of_groups(scales, n_wide, n_ok, K, BITS, GROUP, WORDS, BLOCK_W)
+    zero = _of_groups(zeros, n_wide, n_ok, K, BITS, GROUP, WORDS, BLOCK_W)
+    if EPILOGUE == "swiglu":
+        scale2 = _of_groups(scales2, n_wide, n_ok, K, BITS, GROUP, WORDS, BLOCK_W)
+        zero2 = _of_groups(zeros2, n_wide, n_ok, K, BITS, GROUP, WORDS, BLOCK_W)
+    if EPILOGUE == "mixer":
+        tap0, tap1, bias, step_bias = mixer_numbers(n, conv_weight, conv_bias, dt_bias, n_ok, CONV, GATE)
+    if ahead is not None:
+        fetch_ahead(ahead, ahead_start, ahead_share, ahead_stop)
+    if ahead2 is not None:
+        fetch_ahead(ahead2, ahead_start, ahead_share, ahead_stop)
     if PDL:
         gdc_wait()
     for row in tl.static_range(ROWS):
+        at = out + row * OUT_LENGTH + phase_index(n, OUT_LENGTH, OUT_PHASES)
+        # With the first reads of x, not behind the sums.
+        if EPILOGUE == "residual":
+            before = tl.load(at, n_ok, other=0.0).to(tl.float32)
+        if EPILOGUE == "mixer":
+            state = tl.load(conv_table + row).to(tl.pointer_type(conv_bias.dtype.element_ty))
+            prev = tl.load(state + n, n_ok & (n < CONV), other=0.0).to(tl.float32)
+            going = tl.load(alive + row) != 0
         y, squares = _dot(
-            words, scales, zeros, magic, x + row * K, norm, n_wide, m, n_ok, m_ok,
-            K, WORDS, BITS, GROUP, X_PHASES, BLOCK_N, BLOCK_W,
-        )  # fmt: skip
+            words, scale, zero, magic, x + row * K, norm, m, m_ok, K, WORDS, BITS, GROUP, X_PHASES, BLOCK_N, BLOCK_W
+        )
         if norm is not None:
-            scale = tl.rsqrt(squares / K + eps)
-            y *= scale
+            rms = tl.rsqrt(squares / K + eps)
+            y *= rms
         if EPILOGUE == "swiglu":
             y2, _ = _dot(
-                words2, scales2, zeros2, magic, x + row * K, norm, n_wide, m, n_ok, m_ok,
+                words2, scale2, zero2, magic, x + row * K, norm, m, m_ok,
                 K, WORDS, BITS, GROUP, X_PHASES, BLOCK_N, BLOCK_W,
             )  # fmt: skip
             if norm is not None:
-                y2 *= scale
+                y2 *= rms
             y = silu(y) * y2
-        at = out + row * OUT_LENGTH + phase_index(n, OUT_LENGTH, OUT_PHASES)
         if EPILOGUE == "residual":
-            y += tl.load(at, n_ok, other=0.0).to(tl.float32)
+            y += before
         if EPILOGUE == "mixer":
-            state = tl.load(conv_table + row).to(tl.pointer_type(conv_bias.dtype.element_ty))
             y = y.to(conv_bias.dtype.element_ty).to(tl.float32)  # as the state keeps it
-            prev = tl.load(state + n, n_ok & (n < CONV), other=0.0).to(tl.float32)
-            going = tl.load(alive + row) != 0
             tl.store(state + n, y.to(conv_bias.dtype.element_ty), n_ok & (n < CONV) & going)
-            y = mixer_rows(y, prev, n, conv_weight, conv_bias, dt_bias, n_ok, CONV, GATE)
+            y = mixer_rows(y, prev, n, tap0, tap1, bias, step_bias, CONV, GATE)
         tl.store(at, y.to(out.dtype.element_ty), n_ok)
 
 
@@ -236,6 +272,7 @@ def project(
     out_phases: int = 1,
     shape: GemvShape | None = None,
     pdl: bool = False,
+    ahead: Ahead | None = None,
 ) -> None:
     """Write W x, with prologue and epilogue as the module says, into `out`.
 
@@ -246,6 +283,7 @@ def project(
         mixer, conv_table, alive: the mixer's epilogue; `conv_table` (rows or more,) int64 addresses of convolution
             states (conv_dim, 1), moved on where `alive` (rows,) int32 is not 0.
         pdl: start before the kernel ahead has ended, and let the next one do so.
+        ahead: what to bring into L2 meanwhile, on cards that can (those with `pdl`).
     Changes: `out`, and the states at `conv_table`.
     """
     rows, columns = weight.shape
@@ -254,7 +292,8 @@ def project(
     shape = shape or gemv_shape(weight, x.device, tiles=2 if gated else 1)
     epilogue = "swiglu" if gated else "residual" if residual else "mixer" if mixer else "plain"
     second = gated or weight
-    gemv[(-(-rows // shape.block_n),)](
+    programs = -(-rows // shape.block_n)
+    gemv[(programs,)](
         x,
         norm,
         words_of(weight),
@@ -269,6 +308,7 @@ def project(
         mixer.dt_bias if mixer else None,
         conv_table,
         alive,
+        *(ahead.arguments(programs) if ahead else NOTHING),
         rows,
         eps,
         MAGIC,

@@ -40,6 +40,17 @@ class GemvShape:
     num_warps: int
 
 
+# What `benchmarks.gpu_check --stages shapes` found fastest on an H100 (2026-11-25) where the rule below is slower:
+# (kind, rows, columns) of a weight -> rows a program, warps. Matrices read in pairs (gate and up) have rows of one.
+_MEASURED = {
+    ("dense", 2048, 2048): (2, 4),
+    ("dense", 8192, 2048): (1, 8),
+    ("dense", 2048, 8192): (4, 16),
+    ("dense", 92553, 2048): (2, 8),
+    ("int8", 2048, 8192): (4, 16),
+}
+
+
 def gemv_shape(weight: Weight, device: torch.device, *, tiles: int = 1) -> GemvShape:
     """A program whose threads each start `LOADS_IN_FLIGHT` loads of 16 bytes, and lie side by side along K: then x
     needs no exchange between threads.
@@ -49,6 +60,9 @@ def gemv_shape(weight: Weight, device: torch.device, *, tiles: int = 1) -> GemvS
     rows, columns = weight.shape
     phases = PHASES[weight.kind]
     block_w = next_power_of_2(columns // phases)
+    known = _MEASURED.get((weight.kind, rows, columns))
+    if known is not None and overlaps_launches(device):
+        return GemvShape(known[0], block_w, known[1])
     vector = 16 // (4 if phases > 1 else weight.data.itemsize)  # words a load
     warps = min(MAX_WARPS, max(1, block_w // (32 * vector)))
     per_row = max(1, block_w // (32 * warps * vector))

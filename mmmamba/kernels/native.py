@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmmamba.packing import PackedWeight
+from mmmamba.packing import PackedSpec, PackedWeight
 
 SOURCE = Path(__file__).parent / "csrc" / "decode_cpu.c"
 INCLUDED = [SOURCE.with_name(name) for name in ("numbers.h", "product.h", "team.h")]
@@ -131,7 +131,11 @@ def refusal_of(weight: Tensor | PackedWeight) -> str:
         if dtype not in _KINDS or not weight.is_contiguous():
             return f"weights are {dtype}; float32 and bfloat16 in rows can be read"
         return "" if cols <= MAX_COLS else f"rows hold {cols} weights, more than {MAX_COLS}"
-    spec = weight.spec
+    return refusal_of_spec(weight.spec)
+
+
+def refusal_of_spec(spec: PackedSpec) -> str:
+    """As `refusal_of`, of a packed weight that is not there yet."""
     cols = spec.shape[-1]
     if spec.bits not in _KINDS:
         return f"weights have {spec.bits} bits; 4 and 8 can be read"

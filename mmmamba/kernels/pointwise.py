@@ -44,7 +44,7 @@ def norm_rows(x, weight, out, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def mix_rows(
-    u, conv_state, taps, bias, dt_bias, vkq, dt, seqlen, u_row,
+    u, conv_state, taps, bias, dt_bias, lengths, vkq, dt, seqlen, u_row,
     CONV: tl.constexpr, GATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +61,8 @@ def mix_rows(
         # As `gemv.softplus`: the identity above 20, a series below -5, where log(1 + e) would lose the digits of e.
         e = tl.exp(tl.minimum(step, 20.0))
         step = tl.where(step > 20.0, step, tl.where(step < -5.0, e - 0.5 * e * e, tl.log(1.0 + e)))
+        if lengths is not None:  # a step of no length moves no state
+            step = tl.where((t < tl.load(lengths + batch))[:, None], step, 0.0)
         tl.store(dt + rows * HEADS + h[None, :], step, h_mask)
     else:
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -130,12 +132,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def mix_inputs(
-    u: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, hidden_size: int
+    u: Tensor,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    hidden_size: int,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Projected rows u (batch, seqlen, conv_dim + hidden_size + num_heads) to vkq (batch, seqlen, conv_dim) after
     convolution and SiLU, and dt (batch, seqlen, num_heads) float32 after softplus.
 
-    Args: conv_state: (batch, conv_dim, 1), moved on to the last token. conv_weight: (conv_dim, 2), contiguous.
+    Args:
+        conv_state: (batch, conv_dim, 1), moved on to the last token.
+        conv_weight: (conv_dim, 2), contiguous.
+        lengths: (batch,) int64, 1 or more: tokens of a row that count, where padding follows (its dt is 0).
     """
     batch, seqlen, width = u.shape
     conv, heads = conv_bias.shape[0], dt_bias.shape[0]
@@ -149,6 +160,7 @@ def mix_inputs(
         conv_weight,
         conv_bias,
         dt_bias,
+        lengths,
         vkq,
         dt,
         seqlen,
@@ -161,7 +173,11 @@ def mix_inputs(
         CHANNELS=CHANNELS,
         num_warps=4,
     )
-    conv_state.copy_(u[:, -1, :conv, None])
+    if lengths is None:
+        conv_state.copy_(u[:, -1, :conv, None])
+    else:
+        last = (lengths - 1)[:, None, None].expand(-1, 1, conv)
+        conv_state.copy_(u[..., :conv].gather(1, last).mT)
     return vkq, dt
 
 

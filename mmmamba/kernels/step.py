@@ -14,15 +14,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mmmamba.kernels.ahead import NOTHING, Ahead, fetch_ahead
 from mmmamba.kernels.gemv import phase_index
 from mmmamba.kernels.launch import multiprocessors, next_power_of_2
 
 
 @triton.jit
 def ssm_step(
-    u, A, norm, state_table, alive, out, eps, U_STRIDE,
+    u, A, norm, state_table, alive, out,
+    ahead, ahead2, ahead_start, ahead_share, ahead_stop, eps, U_STRIDE,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, OUT_PHASES: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h <- exp(dt A) h + (dt v) k^T,  y = h q,  out = RMSNorm(y) * norm * gate.
 
@@ -38,6 +40,13 @@ def ssm_step(
     place = head * DIM * DIM + i[:, None] * DIM + i[None, :]
     mask = ok[:, None] & ok[None, :]
     h = tl.load(base + place, mask, other=0.0)
+    if EARLY:  # as in `gemv`: what no kernel writes is read before the wait
+        decay = tl.load(A + head)
+        weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
+    if ahead is not None:
+        fetch_ahead(ahead, ahead_start, ahead_share, ahead_stop)
+    if ahead2 is not None:
+        fetch_ahead(ahead2, ahead_start, ahead_share, ahead_stop)
     if PDL:
         gdc_wait()
         # Only now: what starts before this point may read a state, and must find all that was written to it before.
@@ -50,11 +59,16 @@ def ssm_step(
     q = tl.load(u + 2 * KV + head * DIM + i, ok, other=0.0)
     gate = tl.load(u + 2 * KV + HIDDEN + head * DIM + i, ok, other=0.0)
     dt = tl.load(u + 2 * KV + 2 * HIDDEN + head)
-    h = h * tl.exp(dt * tl.load(A + head)) + (dt * v)[:, None] * k[None, :]
-    tl.store(base + place, h, mask & (tl.load(alive + row) != 0))
+    going = tl.load(alive + row) != 0
+    if not EARLY:
+        decay = tl.load(A + head)
+    h = h * tl.exp(dt * decay) + (dt * v)[:, None] * k[None, :]
+    tl.store(base + place, h, mask & going)
     y = tl.sum(h * q[None, :], axis=1)
     y *= tl.rsqrt(tl.sum(y * y, axis=0) / DIM + eps)
-    y *= tl.load(norm + i, ok, other=0.0).to(tl.float32) * gate
+    if not EARLY:
+        weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
+    y *= weight * gate
     at = row * HIDDEN + phase_index(head * DIM + i, HIDDEN, OUT_PHASES)
     tl.store(out + at, y.to(out.dtype.element_ty), ok)
 
@@ -71,6 +85,7 @@ def step(
     eps: float,
     out_phases: int = 1,
     pdl: bool = False,
+    ahead: Ahead | None = None,
 ) -> None:
     """Advance the states of all rows by one token.
 
@@ -80,6 +95,7 @@ def step(
         state_table: (rows or more,) int64, addresses of float32 states (num_heads, head_dim, head_dim).
         alive: (rows,) int32; states of rows where it is 0 stay as they are.
         out: (rows, num_heads * head_dim), written in `out_phases`.
+        pdl, ahead: as `gemv.project` takes them.
     Changes: `out` and the states.
     """
     rows, heads, dim = u.shape[0], A.shape[0], norm.shape[0]
@@ -95,6 +111,7 @@ def step(
         state_table,
         alive,
         out,
+        *(ahead.arguments(rows * heads) if ahead else NOTHING),
         eps,
         u.stride(0),
         HEADS=heads,
@@ -102,6 +119,7 @@ def step(
         DIM=dim,
         BLOCK=block,
         OUT_PHASES=out_phases,
+        EARLY=few,  # many have no registers left for it
         PDL=pdl,
         num_warps=warps,
         maxnreg=None if few else 128,

@@ -1,0 +1,73 @@
+"""The check of the fused decoder before it is used: it sees every layer, and a kernel that is wrong for one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import random_model, tiny_raw
+from tests.interpreter import require_triton
+
+DEVICE = require_triton()
+
+from mmmamba.decoder import AGREEMENT, check  # noqa: E402
+from mmmamba.decoder import workspace as workspaces  # noqa: E402
+from mmmamba.kernels.ahead import LINE, Ahead  # noqa: E402
+from mmmamba.kernels.gemv import project  # noqa: E402
+from mmmamba.model import MMMamba  # noqa: E402
+
+HYBRID = {
+    "embedding": {"num_hidden_layers": 3, "layers_block_type": ["mamba2", "mamba2", "mha"]},
+    "language": {"num_hidden_layers": 5, "layers_block_type": ["mamba2", "mha", "mamba2", "mamba2", "mamba2"]},
+}
+
+
+def make() -> MMMamba:
+    return random_model(tiny_raw(**HYBRID), dtype=torch.float32).to(DEVICE)
+
+
+def test_windows_hold_every_layer_and_share_weights() -> None:
+    model = make()
+    found = list(check.windows(model))
+    assert [len(w.language.layers) for w in found] == [2, 2, 1]
+    assert [len(w.embedding.layers) for w in found] == [2, 1, 2], "the shorter stack begins again"
+    for name in ("embedding", "language"):
+        seen = {id(layer) for window in found for layer in getattr(window, name).layers}
+        assert seen == {id(layer) for layer in getattr(model, name).layers}
+    assert found[0].language.output.weight is model.language.output.weight
+    assert [w.embedding.needs_rope for w in found] == [False, True, False]
+    assert len(model.language.layers) == 5
+    assert found[0].config.fingerprint() != model.config.fingerprint()
+
+
+def test_the_kernels_agree() -> None:
+    assert check.disagreement(make(), overlap=False) < 1e-3
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_kernel_that_is_wrong_for_one_layer_is_seen(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    address = model.language.layers[layer].get_submodule("mlp.w2").weight.data_ptr()  # type: ignore[union-attr, operator]
+
+    def wrong(x: Tensor, weight, out: Tensor, **given) -> None:
+        project(x, weight, out, **given)
+        if weight.data.data_ptr() == address:
+            out[:, ::2] *= 1.5  # all of it would be lost in the norm that follows
+
+    monkeypatch.setattr(workspaces, "project", wrong)
+    assert check.disagreement(model, overlap=False) > AGREEMENT[torch.float32]
+
+
+def test_what_is_asked_for_ahead() -> None:
+    first, second = torch.zeros(10, 100, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.uint8)
+    given, other, start, share, stop = Ahead((first, second), 100, 5000).arguments(3)
+    assert given is first
+    assert other is second
+    assert (start, stop) == (0, 992), "whole lines, and units of 16 bytes that both tensors hold"
+    assert share % LINE == 0
+    assert 3 * share >= stop - start
+    assert Ahead((first,), 2048, 4096).arguments(4)[:3] == (None, None, 0), "nothing is left there"
+    assert Ahead((second[1:],), 0, 512).arguments(4)[0] is None, "addresses must be whole units"
+    with pytest.raises(ValueError, match="3 tensors are to be read ahead of; one or two can be"):
+        Ahead((first, second, first), 0, 128)
