@@ -26,7 +26,7 @@ from distill.distributed import Processes
 from distill.evaluate import held_out_questions
 from distill.failures import write_failures
 from distill.faults import Interrupted
-from distill.pipeline import Run, convert, export, run_all, train_stage, train_teacher
+from distill.pipeline import Run, convert, export, export_upstream, run_all, train_stage, train_teacher
 from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
 from distill.scores import score
@@ -100,8 +100,12 @@ def run_everything(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write the student of the last finished stage to OUT, in the published layout."""
-    export(_run(args), args.teacher, args.out, stage=args.stage)
+    """Write the student of the last finished stage to OUT, in the published layout; or one that others trained."""
+    run = _run(args)
+    if args.from_upstream is not None:
+        export_upstream(run, args.teacher, args.from_upstream, args.out, allow_changed=args.allow_changed)
+    else:
+        export(run, args.teacher, args.out, stage=args.stage)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -240,7 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (stages["stage3"], everything):
         about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"
         sub.add_argument("--all-tokens", action="store_true", help=about)
-    _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
+    exported = _student(command("export", run_export))
+    exported.add_argument("--stage", help="after this stage, not the last finished one")
+    about = "a training checkpoint of the published code, safetensors: export this one; no recipe is needed"
+    exported.add_argument("--from-upstream", type=Path, metavar="FILE", help=about)
+    about = "of a checkpoint with --from-upstream take over what is not the teacher's outside of the mixers, too"
+    exported.add_argument("--allow-changed", action="store_true", help=about)
     _evaluation(_data(command("eval", run_eval)))
     table = command("table", run_table)
     table.add_argument("scores", nargs="+", metavar="NAME=FILE", help="a column each, the teacher's first")

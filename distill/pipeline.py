@@ -178,6 +178,20 @@ def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -
     run.processes.wait()
 
 
+def export_upstream(run: Run, teacher_dir: str, path: Path, out: Path, *, allow_changed: bool = False) -> None:
+    """Write a student that the published training code left in `path`, in the published inference layout.
+
+    Raises: ValueError as `upstream.load_upstream_student`, if it does not fit the teacher or cannot be read.
+    """
+    from distill.export import export_student
+    from distill.upstream import load_upstream_student
+
+    if run.processes.is_main:
+        student = load_upstream_student(load_model(teacher_dir), path, allow_changed=allow_changed)
+        run.say(f"export: {student.config.kind} student of {path}, in {export_student(student, out)}")
+    run.processes.wait()
+
+
 def run_all(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None = None) -> None:
     """Everything that a recipe names after its teacher, in order; `layers_from` as in `convert`."""
     convert(run, teacher_dir, out, layers_from=layers_from)
