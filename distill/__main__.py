@@ -18,7 +18,7 @@ import torch
 
 from distill.base import HUB_ID, load_base
 from distill.card import check_marks, failures_part, fill_card, named_paths, read_log, scores_part, training_part
-from distill.checkpoints import write_whole
+from distill.checkpoints import write_whole, writing_model
 from distill.config import STUDENT_STAGES, Recipe
 from distill.data.batches import Rows
 from distill.data.photos import Photos
@@ -186,7 +186,8 @@ def run_bundle(args: argparse.Namespace) -> None:
     for spec in args.models:
         name, _, path = spec.partition("=")
         models[name] = load_model(path)
-    files = save_bundle(models, args.out, storage_spec)
+    with writing_model(args.out):
+        files = save_bundle(models, args.out, storage_spec)
     print(f"{len(files)} shards, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {args.out}")
 
 

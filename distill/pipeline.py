@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from distill.base import load_base
-from distill.checkpoints import Checkpoints, write_whole
+from distill.checkpoints import Checkpoints, write_whole, writing_model
 from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
 from distill.convert import make_student
 from distill.data.packed_stream import same_parts
@@ -95,7 +95,8 @@ def train_teacher(run: Run, base: str, out: Path, *, weights: str | None = None)
         written = MMMamba(model.config)
         written.load_state_dict(state)
     if run.processes.is_main:
-        save_model(written, out)
+        with writing_model(out):
+            save_model(written, out)
         note = json.dumps(trained._asdict() | {"recipe": run.recipe.name}) + "\n"
         write_whole(finished, lambda file: file.write(note.encode()))
         store.clear()
