@@ -311,6 +311,27 @@ def test_schemes_are_those_of_the_quantizer() -> None:
     assert tuple(SCHEMES) == precision.SCHEMES
 
 
+def test_older_names_of_the_precision_still_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces may have set them; a name that is no longer read would be ignored without a word."""
+    command = load_command()
+    assert command.read_args(["--quantize", "int8"]).precision == "int8"
+    monkeypatch.setenv("MMMAMBA_DTYPE", "float32")
+    assert command.read_args([]).precision == "float32"
+    monkeypatch.setenv("MMMAMBA_QUANTIZE", "int8")
+    assert command.read_args([]).precision == "int8"
+    monkeypatch.setenv("MMMAMBA_PRECISION", "bfloat16")
+    assert command.read_args([]).precision == "bfloat16"
+
+
+def test_a_precision_that_cannot_be_had_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.precision.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        load_command().read_args(["--precision", "bnb-nf4"])
+    assert "--precision bnb-nf4 needs the package bitsandbytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
