@@ -43,7 +43,7 @@ class Chart:
 
 COLOURS = {"linear": "#0f766e", "hybrid": "#7c3aed", "teacher": "#c2410c"}  # PNG, on white; a page has its own
 WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 112, 30, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 126, 30, 38
 
 
 def milliseconds(y: float) -> str:

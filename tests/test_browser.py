@@ -310,6 +310,9 @@ def test_nothing_overflows_and_every_control_has_a_name(browser: Browser, url: s
     page.click("#compare-shapes")
     page.wait_for_selector("#panel:has-text('The answers are equal.')")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#grow-start")
+    page.wait_for_selector("#growth .points tbody tr >> nth=1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the table of points widens the page"
     page.close()
 
 
