@@ -3,6 +3,7 @@
     python -m benchmarks.decode --device cpu
     python -m benchmarks.decode --device cuda --full-size     # the published size: see benchmarks/decode_cuda.py
     python -m benchmarks.decode --device cpu --quantize none int8 int4 --gguf SmolLM2-135M.Q4_1.gguf
+    python -m benchmarks.decode --device cpu --quantize int4 --contexts 100 1000 10000 100000 --longest-cache 10000
 
 Both sides run in one process on the same tokens and take turns every few tokens, so that a slow moment of the machine
 meets both. Contexts are really read, in pieces. Before any timing the bill is printed: the bytes that a token must
@@ -21,32 +22,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import llama_cpp, machine, report
+from benchmarks import llama_cpp, machine, report, smollm2
 from benchmarks.report import Record
 from mmmamba import ModelInputs, cost, decode_one_token, load_model, prefill
 from mmmamba.checkpoint import read_config, resolve_checkpoint
 from mmmamba.model import MMMamba
 from quantize import SCHEMES, quantize_
 
-BASELINE = "HuggingFaceTB/SmolLM2-135M"
-# https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json
-BASELINE_CONFIG: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    "tie_word_embeddings": True,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARM_UP_STEPS = 3
 ROUNDS = 4  # turns that each side gets at a context
@@ -58,6 +45,7 @@ class Side(Protocol):
     name: str
     weights: str  # where they come from
     weight_bytes: cost.WeightCount
+    grows: bool  # what is kept of a context does, and with it the time that reading on takes
 
     def read(self, ids: Tensor) -> None:
         """Take (batch, n) tokens into the cache."""
@@ -80,6 +68,7 @@ class OurSide:
         self.weight_bytes = cost.weight_bytes(model)
         self.batch, self.piece_size = batch, piece_size
         self.state = model.new_state(batch)
+        self.grows = model.embedding.needs_rope or model.language.needs_rope
 
     def read(self, ids: Tensor) -> None:
         prefill(self.model, ModelInputs(ids), self.state, piece_size=self.piece_size)
@@ -101,44 +90,6 @@ class OurSide:
     def traffic_bytes(self) -> int:
         state, kv = self._bytes()
         return 2 * state + kv  # a recurrent state is read and written, keys and values are read
-
-
-class TransformersSide:
-    """A causal language model of transformers, with its growing cache."""
-
-    def __init__(self, model: Any, name: str, weights: str, piece_size: int) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.name, self.weights, self.piece_size = model, name, weights, piece_size
-        self.weight_bytes = transformers_weight_bytes(model)
-        self.cache: Any = DynamicCache(config=model.config)
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        with torch.inference_mode():
-            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = out.logits[:, -1]
-        return logits
-
-    def read(self, ids: Tensor) -> None:
-        for piece in ids.split(self.piece_size, dim=1):
-            self._forward(piece)
-
-    def step(self, token: Tensor) -> Tensor:
-        return self._forward(token[:, None]).argmax(dim=-1)
-
-    def cache_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers if layer.is_initialized)
-
-    def traffic_bytes(self) -> int:
-        return self.cache_bytes()
-
-
-def transformers_weight_bytes(model: nn.Module) -> cost.WeightCount:
-    """All weights; and of those what a token reads: everything but the embedding table, unless it is the head too."""
-    total = sum(p.nbytes for p in model.parameters())  # parameters() yields a shared tensor once
-    table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    head: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    return cost.WeightCount(total, total + table[0].nbytes - (0 if head is table else table.nbytes))
 
 
 def load_ours(
@@ -164,36 +115,29 @@ def load_ours(
     return OurSide(model, label, "random" if random_weights else "checkpoint", batch, piece_size)
 
 
-def load_baseline(device: torch.device, dtype: torch.dtype, *, piece_size: int) -> TransformersSide:
-    """SmolLM2-135M from the local Hugging Face cache, else with random weights: its speed does not depend on them."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    model: Any
-    try:
-        model = AutoModelForCausalLM.from_pretrained(BASELINE, dtype=dtype, local_files_only=True)
-        weights = "checkpoint"
-    except OSError:
-        model = LlamaForCausalLM(LlamaConfig(**BASELINE_CONFIG))
-        weights = "random"
-    name = f"transformers {BASELINE.rpartition('/')[2]}"
-    return TransformersSide(model.to(device, dtype).eval().requires_grad_(False), name, weights, piece_size)
-
-
 def measure(
-    sides: Sequence[Side], tokens: Tensor, contexts: Sequence[int], steps: int, bandwidth: float, dtype: str
+    sides: Sequence[Side],
+    tokens: Tensor,
+    contexts: Sequence[int],
+    steps: int,
+    bandwidth: float,
+    dtype: str,
+    longest_cache: int | None = None,
 ) -> list[Record]:
     """Time `steps` tokens of every side after each context; the contexts grow out of one another.
 
     Args:
         tokens: (batch, at least the longest context) to read.   bandwidth: bytes a second, for the floor.
+        longest_cache: sides whose cache grows are left out after longer contexts; None: nowhere.
     """
     batch, device = len(tokens), tokens.device
     records = []
     seen = 0
     for context in contexts:
-        points = [_read_up_to(side, sides, tokens, seen, context) for side in sides]
+        running = [side for side in sides if not side.grows or longest_cache is None or context <= longest_cache]
+        points = [_read_up_to(side, sides, tokens, seen, context) for side in running]
         for turn in range(ROUNDS):
-            for side, point in zip(sides, points, strict=True):
+            for side, point in zip(running, points, strict=True):
                 for _ in range(steps * turn // ROUNDS, steps * (turn + 1) // ROUNDS):
                     machine.synchronize(device)
                     started = time.perf_counter()
@@ -201,7 +145,7 @@ def measure(
                     machine.synchronize(device)
                     point.times_ms.append(1e3 * (time.perf_counter() - started))
         seen = context + steps
-        for side, point in zip(sides, points, strict=True):
+        for side, point in zip(running, points, strict=True):
             p20, median, p80 = report.spread(point.times_ms)
             record = Record(
                 what=side.name,
@@ -295,6 +239,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--no-baseline", action="store_true", help="leave transformers' SmolLM2-135M out")
     p.add_argument("--full-size", action="store_true", help="the published size on CUDA, all widths, contexts, batches")
     p.add_argument("--contexts", nargs="+", type=int, default=[100, 1000, 8000], metavar="N")
+    p.add_argument(
+        "--longest-cache", type=int, default=None, metavar="N", help="leave models with caches out after more tokens"
+    )
     p.add_argument("--steps", type=int, default=40, metavar="N", help="timed tokens a context (%(default)s)")
     p.add_argument("--batch", type=int, default=1, metavar="N")
     p.add_argument("--piece-size", type=int, default=512, metavar="N", help="tokens read at once (%(default)s)")
@@ -314,6 +261,10 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 f"--contexts {longer} leaves no room: the first must be above {2 * WARM_UP_STEPS}, the others "
                 f"more than --steps + {WARM_UP_STEPS} apart"
             )
+    if args.longest_cache is not None and args.longest_cache < args.contexts[0]:
+        p.error(
+            f"--longest-cache {args.longest_cache} leaves caches nothing: the shortest context is {args.contexts[0]}"
+        )
     if args.gguf is not None and (args.device != "cpu" or args.batch != 1):
         p.error(f"--gguf {args.gguf} is for --device cpu and --batch 1")
     if args.gguf is not None and (fault := llama_cpp.fault(args.gguf)):
@@ -347,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for side in sides:
             print(bill(side, args.batch, bandwidth))
         print(_row(None))
-        records += measure(sides, tokens, args.contexts, args.steps, bandwidth, dtype)
+        records += measure(sides, tokens, args.contexts, args.steps, bandwidth, dtype, args.longest_cache)
         del sides, side
         gc.collect()  # the next dtype should find the memory as this one did
     after = machine.memory_bandwidth(device)
@@ -383,9 +334,10 @@ def _load_sides(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         for scheme in args.quantize
     ]
     if not args.no_baseline:
-        sides.append(load_baseline(device, dtype, piece_size=args.piece_size))
+        sides.append(smollm2.load_baseline(device, dtype, piece_size=args.piece_size))
     if args.gguf is not None:
-        sides.append(llama_cpp.LlamaCppSide(args.gguf, args.contexts[-1] + args.steps + WARM_UP_STEPS, args.piece_size))
+        longest = min(args.contexts[-1], args.longest_cache or args.contexts[-1])
+        sides.append(llama_cpp.LlamaCppSide(args.gguf, longest + args.steps + WARM_UP_STEPS, args.piece_size))
     return sides
 
 

@@ -27,6 +27,7 @@ class LlamaCppSide:
 
     # Keys and values of 30 layers, 3 heads of 64, in float16.
     KV_BYTES = 2 * 30 * 3 * 64 * 2
+    grows = True
 
     def __init__(self, path: Path, max_context: int, piece_size: int) -> None:
         from llama_cpp import Llama  # the package, not this module

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import decode, llama_cpp, machine, report
+from benchmarks import decode, llama_cpp, machine, report, smollm2
 from benchmarks.report import Record
 from distill.data.batches import Batch, Row, Rows, pixel_values, stack
 from distill.data.sample import Sample
@@ -193,7 +193,7 @@ def measure_speed(
         decode.OurSide(it.model, f"{args.model} {scheme}", "checkpoint", 1, PIECE) for scheme, it in loaded.items()
     ]
     if not args.no_baseline:
-        sides.append(decode.load_baseline(device, torch.float32, piece_size=PIECE))
+        sides.append(smollm2.load_baseline(device, torch.float32, piece_size=PIECE))
     if args.gguf is not None:
         sides.append(llama_cpp.LlamaCppSide(args.gguf, args.contexts[-1] + args.steps + decode.WARM_UP_STEPS, PIECE))
     for side in sides:

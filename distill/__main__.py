@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 
 from distill.base import HUB_ID, load_base
+from distill.card import check_marks, failures_part, fill_card, named_paths, read_log, scores_part, training_part
 from distill.checkpoints import write_whole
 from distill.config import STUDENT_STAGES, Recipe
 from distill.data.batches import Rows
@@ -115,7 +116,9 @@ def run_eval(args: argparse.Namespace) -> None:
     tasks = args.tasks.split(",") if args.tasks else None
     asked = held_out_questions(photos, count=args.count, tasks=tasks, **named)
     failure_count = args.failure_count if args.failures else 0
-    scores, failures = score(model, rows, asked, decode=args.decode, failure_count=failure_count)
+    scores, failures, readings = score(
+        model, rows, asked, decode=args.decode, failure_count=failure_count, readings=True
+    )
     report: dict[str, Any] = {
         "model": args.model,
         "kind": model.config.kind,
@@ -126,11 +129,9 @@ def run_eval(args: argparse.Namespace) -> None:
     brief |= {task: found.exact_match for task, found in scores.items()}
     if args.decode:
         brief["right"] = {t: round((s.right or 0) / s.count, 4) for t, s in scores.items() if s.count}
-    fonts = where.named.get("fonts")
-    if fonts and "printed_text" in scores:
-        count = min(args.count, 200)
-        brief["printed_text_cer"] = round(printed_error_rate(model, rows.tokenizer, count, fonts=fonts), 4)
-        report["printed_text_cer"] = {"rate": brief["printed_text_cer"], "count": count}
+    if readings:
+        brief["printed_text_cer"] = round(printed_error_rate(readings), 4)
+        report["printed_text_cer"] = {"rate": brief["printed_text_cer"], "count": len(readings)}
     if args.base:
         base = load_base(args.base).to(args.device).eval()
         moved = text_kl(model, base, rows.tokenizer, own_answers(where.text))
@@ -146,8 +147,33 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def run_table(args: argparse.Namespace) -> None:
     """Print scores that `eval --out` wrote side by side, in Markdown."""
-    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).stem, entry) for entry in args.scores)
-    print(scores_table({name: read_scores(Path(path)) for name, path in named.items()}, args.measure), end="")
+    reports = {name: read_scores(path) for name, path in named_paths(args.scores).items()}
+    print(scores_table(reports, args.measure), end="")
+
+
+def run_card(args: argparse.Namespace) -> None:
+    """Write scores, failures, GPU minutes and attribution into a model card, between the marks that it has for them."""
+    given = {
+        "scores": args.scores,
+        "training": args.trained,
+        "attribution": args.attribution,
+        "failures": args.failures,
+    }
+    if not any(given.values()):
+        raise ValueError("nothing to write into the card; pass --scores, --failures, --trained or --attribution")
+    check_marks(args.card, [name for name, source in given.items() if source])
+    parts = {}
+    if args.scores:
+        parts["scores"] = scores_part({name: read_scores(path) for name, path in named_paths(args.scores).items()})
+    if args.trained:
+        logs = {name: read_log(path) for name, path in named_paths(args.trained).items()}
+        parts["training"] = training_part(logs, args.gpus)
+    if args.attribution:
+        parts["attribution"] = args.attribution.read_text(encoding="utf-8")
+    if args.failures:
+        parts["failures"] = failures_part(named_paths(args.failures), args.card)
+    fill_card(args.card, parts)
+    print(f"{', '.join(parts)}: {args.card}")
 
 
 def run_bundle(args: argparse.Namespace) -> None:
@@ -219,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     table = command("table", run_table)
     table.add_argument("scores", nargs="+", metavar="NAME=FILE", help="a column each, the teacher's first")
     table.add_argument("--measure", choices=get_args(Measure), default="exact", help="right: needs eval --decode")
+    card = command("card", run_card)
+    card.add_argument("card", type=Path, metavar="CARD", help="the Markdown file")
+    card.add_argument("--scores", nargs="+", metavar="NAME=FILE", help="of eval --out, the teacher's first")
+    card.add_argument("--failures", nargs="+", metavar="NAME=DIR", help="of eval --failures; pictures are copied")
+    card.add_argument("--trained", nargs="+", metavar="NAME=FILE", help="of the training runs' --log-file")
+    card.add_argument("--gpus", type=int, default=1, metavar="N", help="cards that trained together")
+    card.add_argument("--attribution", type=Path, metavar="FILE", help="ATTRIBUTION.md of distill.data.build")
     bundle = command("bundle", run_bundle)
     bundle.add_argument("out", type=Path)
     bundle.add_argument("models", nargs="+", metavar="NAME=DIR")

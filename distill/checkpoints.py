@@ -187,6 +187,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     _sync_folder(path.parent)
 
 
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """`write_whole` of what is there already."""
+    write_whole(path, lambda file: file.write(content))
+
+
 @contextmanager
 def _os_errors() -> Iterator[None]:
     """torch's writer hides the file's error behind one of its own; this brings it back."""

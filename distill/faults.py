@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.checkpoints import write_whole
 from distill.config import StageConfig
 from distill.inputs import Inputs
 from distill.memory import StageMemory
@@ -126,9 +127,9 @@ class Watch:
 
 
 def save_batches(path: Path, batches: list[WeightedInputs]) -> None:
-    """Write the batches of one step, to be looked at or run again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save([[{"weight": weight} | _plain(inputs) for weight, inputs in batch] for batch in batches], path)
+    """Write the batches of one step, to be looked at or run again.  Raises: OSError as `write_whole`."""
+    plain = [[{"weight": weight} | _plain(inputs) for weight, inputs in batch] for batch in batches]
+    write_whole(path, lambda file: torch.save(plain, file))
 
 
 def _plain(value: Any) -> Any:

@@ -58,8 +58,7 @@ class Monitor:
         if self.quiet:
             return
         text = json.dumps({"stage": self.name} | line)
-        with self.log_path.open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        append_line(self.log_path, text)
         if self._bar is None:
             print(text, flush=True)
         else:
@@ -82,6 +81,15 @@ class Monitor:
             self._bar.close()
         if self._events is not None:
             self._events.close()
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a log. What cannot be written, on a full disk, is lost with a warning: training is worth more."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
+    except OSError as error:
+        print(f"{path}: a line cannot be written ({error.strerror or error}); training goes on", file=sys.stderr)
 
 
 def _event_writer(folder: Path) -> Any:

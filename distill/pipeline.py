@@ -19,6 +19,7 @@ from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.kept import CONVERT, ORDER, Kept, whole_mixers
 from distill.memory import StageMemory, StudentStage, step_memory
+from distill.monitor import append_line
 from distill.nano import new_teacher
 from distill.sharding import is_sharded, shard_, whole
 from distill.stages import Stage, TeacherStage, student_stage
@@ -253,8 +254,7 @@ def _report(run: Run, model: MMMamba, name: str, data: Data) -> None:
     line = json.dumps({"stage": name, "eval_count": run.eval_count, "exact_match": scores})
     run.say(line)
     if run.processes.is_main:
-        with run.log_file.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        append_line(run.log_file, line)
 
 
 def _kept(recipe: Recipe, teacher: MMMamba, out: Path) -> Kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -16,11 +16,10 @@ from distill.data.nlvr import Nlvr
 from distill.data.printed import Printed
 from distill.data.sample import rng_for
 from distill.data.shapes import NUMBERS
-from distill.replies import greedy_replies
-from mmmamba.model import MMMamba
-from mmmamba.tokenizer import Tokenizer
 
-READING_TASKS = ("printed_text", "charts_bar_pie", "digits", "nlvr")
+PRINTED = "printed_text"
+PRINTED_LONG = "printed_long"
+READING_TASKS = (PRINTED, PRINTED_LONG, "charts_bar_pie", "digits", "nlvr")
 
 
 def reading_questions(
@@ -33,18 +32,19 @@ def reading_questions(
 ) -> Iterator[tuple[Image.Image, str, str]]:
     """`count` held-out (picture, question, answer) of one task; the same for the same seed.
 
-    printed_text    "What does it say?" of words, notes and signs: words that are never trained on, in families of fonts
-                    that are not, 16 px and up. Needs fonts.
+    printed_text    "What does it say?" of up to four words, on their own, in notes and on signs: words that are never
+                    trained on, in families of fonts that are not, 16 px and up. Needs fonts.
+    printed_long    the same of five words and more.
     charts_bar_pie  one exact answer from a bar or pie chart: title, value, name or number, larger or not.
     digits          numbers to read and sums to solve that are never trained on, written or printed.
     nlvr            true or false, of the hidden statements; at most as many as there are, each asked once. Needs nlvr.
 
     Raises: ValueError for an unknown task, or what a task needs and lacks.
     """
-    if task == "printed_text":
+    if task in (PRINTED, PRINTED_LONG):
         printed = Printed("val", fonts=fonts)
         for index in range(count):
-            page, turn = printed.question(seed, index)
+            page, turn = printed.question(seed, index, long=task == PRINTED_LONG)
             yield page.image, *turn
     elif task == "charts_bar_pie":
         charts = Charts("val", fonts=fonts)
@@ -71,25 +71,25 @@ def reading_questions(
 def reads_right(task: str, predicted: str, answer: str) -> bool:
     """Whether `predicted` says the same as `answer`.
 
-    * printed_text: the same characters, capitals included, apart from white space and quotation marks around it.
+    * printed_text, printed_long: the same characters, capitals included, apart from white space and quotation marks
+      around it.
     * charts_bar_pie, digits: apart from capitals and marks at the ends; a number in digits is as good as in words, and
       zeros before a number count ("07" is not "7").
     * nlvr: true is as good as yes, false as no.
     """
-    if task == "printed_text":
+    if task in (PRINTED, PRINTED_LONG):
         return _plain(predicted) == _plain(answer)
     if task == "nlvr":
         return _truth(predicted) is not None and _truth(predicted) == _truth(answer)
     return _said(predicted) == _said(answer)
 
 
-def printed_error_rate(
-    model: MMMamba, tokenizer: Tokenizer, count: int, seed: int = 0, *, fonts: str | Path | Fonts
-) -> float:
-    """Character error rate of greedy replies to the questions of `printed_text`."""
-    asked = list(reading_questions("printed_text", count, seed, fonts=fonts))
-    replies = greedy_replies(model, tokenizer, [(image, question) for image, question, _ in asked])
-    return character_error_rate((_plain(reply), answer) for reply, (_, _, answer) in zip(replies, asked, strict=True))
+def printed_error_rate(readings: Iterable[tuple[str, str]]) -> float:
+    """Character error rate of (reply, what is printed): quotation marks around a reply do not count.
+
+    Raises: ValueError if nothing is printed.
+    """
+    return character_error_rate((_plain(reply), answer) for reply, answer in readings)
 
 
 def _plain(text: str) -> str:

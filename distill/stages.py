@@ -26,7 +26,7 @@ from mmmamba.kernels import select_scan, select_segment_attention, training_chun
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
 from mmmamba.model import Block, MMMamba
-from mmmamba.segments import Segments
+from mmmamba.segments import Padding, Segments
 
 NEW_IN_MIXERS = frozenset(
     f"mixer.{name}" for name in ("in_proj.gate_dt", "conv.weight", "conv.bias", "A_log", "dt_bias", "norm.weight")
@@ -182,7 +182,9 @@ class PairedMixer(nn.Module):
         seqlen_offset: int,
         rope: RopeTables | None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
+        assert padding is None, "as in the attention that it stands for"
         with torch.no_grad():
             target = self._attend(x, None, seqlen_offset, rope, segments)
         with torch.enable_grad():

@@ -21,11 +21,14 @@ def read_scores(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} lacks counts of some tasks; write it again with `python -m distill eval --out`")
 
 
-def scores_table(reports: Mapping[str, dict[str, Any]], measure: Measure = "exact") -> str:
+def scores_table(
+    reports: Mapping[str, dict[str, Any]], measure: Measure = "exact", *, labels: Mapping[str, str] | None = None
+) -> str:
     """A table of percentages, a line a task and a column a model; then the mean, and its part of the first model's.
 
     Args:
         reports: by the name of the model, the teacher first; see `read_scores`.
+        labels: what to call tasks; those that are not there have their own names.
         measure: "exact" counts answers to the letter; "right" also those in other words, which needs `eval --decode`.
     Raises: ValueError for no report, other tasks or numbers of questions in some, or "right" without decoded replies.
     """
@@ -46,8 +49,9 @@ def scores_table(reports: Mapping[str, dict[str, Any]], measure: Measure = "exac
         name: {t: 100 * found[measure] / max(1, found["count"]) for t, found in report["tasks"].items()}
         for name, report in reports.items()
     }
+    labels = labels or {}
     for task, count in asked[first].items():
-        lines.append(_line(task, str(count), [f"{of_one[task]:.1f}" for of_one in shares.values()]))
+        lines.append(_line(labels.get(task, task), str(count), [f"{of_one[task]:.1f}" for of_one in shares.values()]))
     means = [sum(of_one.values()) / max(1, len(of_one)) for of_one in shares.values()]
     lines.append(_line("**mean**", "", [f"**{mean:.1f}**" for mean in means]))
     if len(means) > 1 and means[0]:

@@ -140,7 +140,7 @@ def is_right(task: str, predicted: str, answer: str) -> bool:
       object"), or the right name after all. A hedge before a name ("I am not sure, perhaps a dog.") counts as the name.
     * unknown_shapes: any answer that says it is not sure, or that the picture does not show it; of a shape that is not
       there, it must name this one ("There are no stars.").
-    * printed_text, charts_bar_pie, digits, nlvr: see `distill.reading.reads_right`.
+    * `READING_TASKS`: see `distill.reading.reads_right`.
 
     Raises: ValueError for an unknown task.
     """

@@ -10,7 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 from mmmamba.config import StackConfig
 from mmmamba.kernels import infers_on_cuda, segment_attention
 from mmmamba.layers import RopeTables, rotate
-from mmmamba.segments import Segments
+from mmmamba.segments import Padding, Segments
 from mmmamba.state import KVState
 
 
@@ -32,8 +32,10 @@ class Attention(nn.Module):
         seqlen_offset: int,
         rope: RopeTables | None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
-        """(batch, seqlen, hidden_size) to the same; appends keys and values to `state`."""
+        """(batch, seqlen, hidden_size) to the same; appends keys and values to `state`, to all rows equally many."""
+        assert padding is None, "a cache has no rows of different lengths"
         return self.out_proj(self.mix(x, state, seqlen_offset, rope, segments))
 
     def mix(

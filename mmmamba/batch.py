@@ -1,4 +1,4 @@
-"""Many questions with one model: each is read alone, several are answered together, and who is done makes room.
+"""Many questions with one model: several are read and answered together, and who is done makes room.
 
 A recurrent state has one size at any length, so rows of any length go side by side. Models with attention layers keep a
 cache that grows: there only rows of equal length share a batch.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmmamba.generate import (
@@ -27,15 +28,21 @@ from mmmamba.image import load_image, tile_image
 from mmmamba.model import MMMamba
 from mmmamba.prompt import encode_user_turn, stop_token_ids
 from mmmamba.state import DecodeState, KVState, LayerState, StackState
+from mmmamba.together import joined, prefill_together, reads_any_length
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
+
+# Tokens of the embedding stack that are read in one pass on a CPU (where more than this is no faster) and on a GPU.
+# Longer prompts are read alone, in pieces.
+CPU_TOGETHER = 512
+GPU_TOGETHER = 2048
 
 
 @dataclass(frozen=True)
 class Question:
-    """`images` are files; `system` None is the template's own, `max_tiles` None the model's own limit."""
+    """`images` are files or pictures; `system` None is the template's own, `max_tiles` None the model's own limit."""
 
     text: str
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | Image.Image, ...] = ()
     system: str | None = None
     max_tiles: int | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -54,7 +61,7 @@ class Answer:
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)  # one is not another because it asks the same
 class _Prompt:
     index: int
     params: SamplingParams
@@ -93,7 +100,8 @@ class Batch:
         if size < 1:
             raise ValueError(f"a batch of {size} rows cannot answer; use 1 or more")
         self.model, self.tokenizer, self.size, self._plain = model, tokenizer, size, plain
-        self._any_length = not (model.embedding.needs_rope or model.language.needs_rope)
+        self._any_length = reads_any_length(model)
+        self._together = CPU_TOGETHER if model.device.type == "cpu" else GPU_TOGETHER
         self._stops = set(stop_token_ids(tokenizer, model.config))
         config = model.config
         banned = torch.zeros(config.language.vocab_size, dtype=torch.bool)
@@ -111,18 +119,18 @@ class Batch:
         logits: Tensor | None = None
         while True:
             while len(rows) < self.size:
-                yield from self._prepare(source, waiting)
-                prompt = self._next(waiting, rows)
-                if prompt is None:
+                yield from self._prepare(source, waiting, self.size - len(rows))
+                asked = self._next(waiting, rows)
+                if not asked:
                     break
-                try:
-                    new_state, new_logits = self._read(prompt)
-                except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                    yield self._failed(prompt.index, error)
-                    continue
-                rows.append(self._row(prompt))
-                state = new_state if state is None else join_states([state, new_state])
-                logits = new_logits if logits is None else torch.cat([logits, new_logits])
+                for read in self._read(asked):
+                    if isinstance(read, Answer):
+                        yield read
+                        continue
+                    prompts, new_state, new_logits = read
+                    rows += [self._row(prompt) for prompt in prompts]
+                    state = new_state if state is None else join_states([state, new_state])
+                    logits = new_logits if logits is None else torch.cat([logits, new_logits])
             if state is None or logits is None:
                 return  # nothing runs, and nothing waits
             drawn = self._draw(rows, logits)
@@ -145,10 +153,11 @@ class Batch:
             token = torch.tensor([drawn[i] for i in left], device=self.model.device)
             logits = decode_one_token(self.model, token, state)
 
-    def _prepare(self, source: Iterator[tuple[int, Question]], waiting: deque[_Prompt]) -> Iterator[Answer]:
-        """Fill `waiting`; yields the errors of questions that cannot be asked."""
-        ahead = 1 if self._any_length else 2 * self.size
-        while len(waiting) < ahead:
+    def _prepare(self, source: Iterator[tuple[int, Question]], waiting: deque[_Prompt], free: int) -> Iterator[Answer]:
+        """Fill `waiting` for so many free rows; yields the errors of questions that cannot be asked."""
+        ahead = free if self._any_length else 2 * self.size
+        # Pictures take memory: no more than can be read at once wait with theirs.
+        while len(waiting) < ahead and (not self._any_length or sum(p.lengths[0] for p in waiting) < self._together):
             index, question = next(source, (-1, None))
             if question is None:
                 return
@@ -168,20 +177,38 @@ class Batch:
         pixels = torch.cat(tiles) if tiles else None
         return _Prompt(index, question.params, ids, pixels, num_image, (stack, len(ids)))
 
-    def _next(self, waiting: deque[_Prompt], rows: Sequence[_Row]) -> _Prompt | None:
-        """The first that may join `rows`."""
-        for i, prompt in enumerate(waiting):
-            if self._any_length or not rows or prompt.lengths == rows[0].lengths:
-                del waiting[i]
-                return prompt
-        return None
+    def _next(self, waiting: deque[_Prompt], rows: Sequence[_Row]) -> list[_Prompt]:
+        """Those that join `rows` and are read together: the first that may, and others that go with it."""
+        fits = list(waiting)
+        if not self._any_length:
+            first = rows[0].lengths if rows else next((prompt.lengths for prompt in waiting), None)
+            fits = [prompt for prompt in waiting if prompt.lengths == first]
+        fits = fits[: self.size - len(rows)]
+        taken = [fits[place] for place in joined([prompt.lengths[0] for prompt in fits], self._together)]
+        for prompt in taken:
+            waiting.remove(prompt)
+        return taken
 
-    def _read(self, prompt: _Prompt) -> tuple[DecodeState, Tensor]:
-        state = self.model.new_state()
-        inputs = ModelInputs(torch.tensor([prompt.ids]), prompt.tiles)
-        logits = prefill(self.model, inputs, state, piece_size=piece_size(self.model.device))
-        prompt.tiles = None
-        return state, logits
+    def _read(self, prompts: Sequence[_Prompt]) -> Iterator[tuple[Sequence[_Prompt], DecodeState, Tensor] | Answer]:
+        """States and logits of prompts; if they cannot be read together, of each, or why it cannot be read."""
+        inputs = [ModelInputs(torch.tensor([prompt.ids]), prompt.tiles) for prompt in prompts]
+        try:
+            if len(inputs) == 1:
+                state = self.model.new_state()
+                logits = prefill(self.model, inputs[0], state, piece_size=piece_size(self.model.device))
+            else:
+                logits, state = prefill_together(self.model, inputs)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if len(prompts) == 1:
+                yield self._failed(prompts[0].index, error)
+                return
+        else:
+            for prompt in prompts:
+                prompt.tiles = None
+            yield prompts, state, logits
+            return
+        for prompt in prompts:
+            yield from self._read([prompt])
 
     def _row(self, prompt: _Prompt) -> _Row:
         generator = torch.Generator(device=self.model.device)
@@ -194,6 +221,8 @@ class Batch:
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         """A token a row, each by its own settings and generator: batch-mates do not change an answer."""
         logits = logits.masked_fill(self._banned, float("-inf"))
+        if all(row.prompt.params.is_greedy and row.prompt.params.repetition_penalty == 1.0 for row in rows):
+            return logits.argmax(dim=-1).tolist()  # one look for all of them
         drawn = []
         for i, row in enumerate(rows):
             params = row.prompt.params

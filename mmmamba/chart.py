@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from html import escape
 
 XY = tuple[float, float]
+WIDTH, HEIGHT = 560, 230  # pixels of a chart, and of what lies around its lines
+LEFT, RIGHT, TOP, BOTTOM = 62, 126, 30, 38
+LABEL_HEIGHT = 32
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """`unit` formats a value of y. With `log_x` the x axis is logarithmic; `live` leaves the dots out and begins where
-    the lines do; `binary` has
-    round numbers of MiB or GiB at the y axis."""
+    """`unit` formats a value of y. With `log_x` and `log_y` an axis is logarithmic; `live` leaves the dots out and
+    begins where the lines do; `binary` has round numbers of MiB or GiB at the y axis. `label_width` is the room for
+    names, and `x_marks` are values of x to be named on a logarithmic axis (none: round ones)."""
 
     title: str
     unit: Callable[[float], str]
     lines: tuple[Line, ...]
     x_title: str = "tokens of context"
     log_x: bool = False
+    log_y: bool = False
     live: bool = False
     binary: bool = False
+    width: int = WIDTH
+    height: int = HEIGHT
+    label_width: int = RIGHT
+    x_marks: tuple[float, ...] = ()
 
 
 COLOURS = {"linear": "#0f766e", "hybrid": "#7c3aed", "teacher": "#c2410c"}  # PNG, on white; a page has its own
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 126, 30, 38
 
 
 def milliseconds(y: float) -> str:
@@ -58,9 +64,11 @@ def mebibytes(y: float) -> str:
 
 
 def thousands(x: float) -> str:
-    """`1K`, `16K`, `103K`: tokens as people say them."""
+    """`1K`, `16K`, `103K`, `1M`: tokens as people say them."""
     if x < 1000:
         return f"{x:.0f}"
+    if x >= 1e6:
+        return f"{x / 2**20:.0f}M" if x % 2**20 == 0 else f"{x / 1e6:.3g}M"
     return f"{x / 1024:.0f}K" if x % 1024 == 0 else f"{x / 1000:.3g}K"
 
 
@@ -84,21 +92,31 @@ class _Layout:
         self.x_min = min(xs) if chart.log_x or chart.live else 0.0
         self.x_max = max(max(xs), self.x_min * 1.01, 1.0)
         self.y_max = (max(ys) or 1.0) * 1.1
+        self.y_min = min(ys) / 1.25 if chart.log_y else 0.0
+        self.right, self.bottom = chart.width - chart.label_width, chart.height - BOTTOM
 
     def x(self, value: float) -> float:
         low, high, value = self.x_min, self.x_max, min(max(value, self.x_min), self.x_max)
         if self.chart.log_x:
             low, high, value = math.log(low), math.log(high), math.log(max(value, low))
         share = (value - low) / (high - low) if high > low else 0.0
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return LEFT + share * (self.right - LEFT)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - value / self.y_max * (HEIGHT - TOP - BOTTOM)
+        if self.chart.log_y:
+            share = math.log(max(value, self.y_min) / self.y_min) / math.log(self.y_max / self.y_min)
+        else:
+            share = value / self.y_max
+        return self.bottom - share * (self.bottom - TOP)
 
     def path(self, points: Sequence[XY]) -> list[XY]:
         return [(self.x(x), self.y(y)) for x, y in points]
 
     def y_ticks(self) -> list[float]:
+        if self.chart.log_y:
+            powers = range(math.floor(math.log10(self.y_min)), math.ceil(math.log10(self.y_max)))
+            marks = (m * 10.0**power for power in powers for m in (1, 2, 5))
+            return [mark for mark in marks if self.y_min <= mark <= self.y_max]
         unit = (2.0**30 if self.y_max >= 2**31 else 2.0**20) if self.chart.binary else 1.0
         step = _nice(self.y_max / unit / 4) * unit
         return [i * step for i in range(int(self.y_max / step) + 1)]
@@ -106,7 +124,7 @@ class _Layout:
     def x_ticks(self) -> list[float]:
         if self.chart.log_x:
             kept: list[float] = []
-            for mark in (m for m in _MARKS if self.x_min <= m <= self.x_max):
+            for mark in (m for m in self.chart.x_marks or _MARKS if self.x_min <= m <= self.x_max):
                 if not kept or self.x(mark) - self.x(kept[-1]) > 40:
                     kept.append(mark)
             return kept
@@ -123,14 +141,16 @@ class _Layout:
                 if line.points:
                     x, y = line.points[-1]
                     what = self.chart.unit(y) + (f" at {thousands(x)}" if self.chart.log_x else "")
-                found.append(_Label(WIDTH - RIGHT, self.y(max(ends)[1]), f"{line.name}\n{what}", line.kind))
+                found.append(_Label(self.right, self.y(max(ends)[1]), f"{line.name}\n{what}", line.kind))
         found.sort(key=lambda label: label.y)
-        apart: list[_Label] = []
+        ys: list[float] = []
         for label in found:
-            y = max(label.y, apart[-1].y + 32) if apart else max(label.y, TOP + 4)
-            apart.append(_Label(label.x, y, label.text, label.kind))
-        over = (apart[-1].y - (HEIGHT - BOTTOM - 8)) if apart else 0.0
-        return [_Label(label.x, label.y - max(0.0, over), label.text, label.kind) for label in apart]
+            ys.append(max(label.y, ys[-1] + LABEL_HEIGHT if ys else TOP + 4))
+        lowest = self.bottom - 8.0
+        for i in reversed(range(len(ys))):
+            ys[i] = min(ys[i], lowest)
+            lowest = ys[i] - LABEL_HEIGHT
+        return [_Label(label.x, y, label.text, label.kind) for label, y in zip(found, ys, strict=True)]
 
 
 _MARKS = (*(1024.0 * 4**i for i in range(-2, 4)), 103_000.0, *(1024.0 * 4**i for i in range(4, 8)))
@@ -149,20 +169,19 @@ def svg(chart: Chart) -> str:
               for line in chart.lines if line.points]  # fmt: skip
     description = f"{chart.title}. " + ("; ".join(values) or "Nothing measured yet.")
     out = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">',
+        f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(description)}">',
         f'<text class="chart-title" x="{LEFT}" y="18">{escape(chart.title)}</text>',
     ]
     for tick in at.y_ticks():
         y = at.y(tick)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{at.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{chart.unit(tick)}</text>')
     for tick in at.x_ticks():
         label = thousands(tick)
-        out.append(
-            f'<text class="tick" x="{at.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x_title)}</text>')
+        out.append(f'<text class="tick" x="{at.x(tick):.1f}" y="{at.bottom + 16}" text-anchor="middle">{label}</text>')
+    middle = (LEFT + at.right) / 2
+    below = chart.height - 6
+    out.append(f'<text class="tick" x="{middle}" y="{below}" text-anchor="middle">{escape(chart.x_title)}</text>')
     for line in chart.lines:
         for points, what in ((line.predicted, "predicted"), (line.points, "measured")):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at.path(points))
@@ -176,7 +195,7 @@ def svg(chart: Chart) -> str:
         if line.end is not None and line.end <= at.x_max:
             x = at.x(line.end)
             out.append(
-                f'<line class="line line-{line.kind} end" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+                f'<line class="line line-{line.kind} end" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{at.bottom}"/>'
             )
             out.append(f'<text class="tick" x="{x - 4:.1f}" y="{TOP + 10}" text-anchor="end">memory full</text>')
     for tag in at.labels():
@@ -192,12 +211,14 @@ def png(charts: Sequence[Chart], note: str = "") -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     scale = 2
-    image = Image.new("RGB", (WIDTH * scale, (HEIGHT * len(charts) + 24) * scale), "white")
+    below = sum(chart.height for chart in charts)
+    image = Image.new("RGB", (max(chart.width for chart in charts) * scale, (below + 24) * scale), "white")
     draw = ImageDraw.Draw(image)
     small, large = ImageFont.load_default(11 * scale), ImageFont.load_default(14 * scale)
 
-    for i, chart in enumerate(charts):
-        at, shift = _Layout(chart), i * HEIGHT
+    shift = 0
+    for chart in charts:
+        at = _Layout(chart)
 
         def px(x: float, y: float, shift: int = shift) -> tuple[float, float]:
             return x * scale, (y + shift) * scale
@@ -205,11 +226,11 @@ def png(charts: Sequence[Chart], note: str = "") -> bytes:
         draw.text(px(LEFT, 8), chart.title, "#0f172a", large)
         for tick in at.y_ticks():
             y = at.y(tick)
-            draw.line([px(LEFT, y), px(WIDTH - RIGHT, y)], "#e2e8f0", scale)
+            draw.line([px(LEFT, y), px(at.right, y)], "#e2e8f0", scale)
             draw.text(px(LEFT - 6, y), chart.unit(tick), "#475569", small, anchor="rm")
         for mark in at.x_ticks():
-            draw.text(px(at.x(mark), HEIGHT - BOTTOM + 12), thousands(mark), "#475569", small, anchor="mm")
-        draw.text(px((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10), chart.x_title, "#475569", small, anchor="mm")
+            draw.text(px(at.x(mark), at.bottom + 12), thousands(mark), "#475569", small, anchor="mm")
+        draw.text(px((LEFT + at.right) / 2, chart.height - 10), chart.x_title, "#475569", small, anchor="mm")
         for line in chart.lines:
             colour = COLOURS.get(line.kind, "#334155")
             for a, b in zip(at.path(line.predicted), at.path(line.predicted)[1:], strict=False):
@@ -221,13 +242,14 @@ def png(charts: Sequence[Chart], note: str = "") -> bytes:
                 draw.ellipse([x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale], colour)
             if line.end is not None and line.end <= at.x_max:
                 x = at.x(line.end)
-                _dashed(draw, px(x, TOP), px(x, HEIGHT - BOTTOM), colour, scale)
+                _dashed(draw, px(x, TOP), px(x, at.bottom), colour, scale)
                 draw.text(px(x - 4, TOP + 6), "memory full", "#475569", small, anchor="rm")
         for label in at.labels():
             name, value = label.text.split("\n")
             draw.text(px(label.x + 8, label.y - 6), name, COLOURS.get(label.kind, "#334155"), small, anchor="lm")
             draw.text(px(label.x + 8, label.y + 8), value, "#0f172a", small, anchor="lm")
-    draw.text((LEFT * scale, (HEIGHT * len(charts) + 10) * scale), note, "#475569", small, anchor="lm")
+        shift += chart.height
+    draw.text((LEFT * scale, (below + 10) * scale), note, "#475569", small, anchor="lm")
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

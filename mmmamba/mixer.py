@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mmmamba.config import StackConfig
 from mmmamba.kernels import FusedOps, Impl, fused_ops, ssd_scan, ssm_step
 from mmmamba.layers import RopeTables
-from mmmamba.segments import Segments
-from mmmamba.state import D_CONV, MambaState, PaddedMambaState
+from mmmamba.segments import Padding, Segments
+from mmmamba.state import D_CONV, MambaState
 
 GATE_NORM_EPS = 1e-5
 
@@ -36,7 +36,13 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim, 1, D_CONV))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, state: MambaState | None, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None,
+        segments: Segments | None = None,
+        padding: Padding | None = None,
+    ) -> Tensor:
         """(batch, seqlen, dim) to the same, continued from `state.conv_state`, which moves on, or begun anew in every
         segment."""
         seqlen = x.shape[1]
@@ -44,11 +50,7 @@ class CausalConv(nn.Module):
             padded = F.pad(x, (0, 0, D_CONV - 1, 0))
         else:
             padded = torch.cat([state.conv_state.mT, x], dim=1)
-            last = padded[:, seqlen:]
-            if isinstance(state, PaddedMambaState):
-                # `padded` is D_CONV - 1 = 1 position ahead of x: the last token stands where its row's length says.
-                last = padded.gather(1, state.lengths.long()[:, None, None].expand(-1, 1, padded.shape[2]))
-            state.conv_state.copy_(last.mT)
+            state.conv_state.copy_(_last_inputs(padded, padding).mT)
         taps = self.weight[:, 0]  # (dim, D_CONV)
         # Shifted products instead of conv1d: no transposes, and a depthwise conv1d is slow on CPUs.
         out: Tensor = self.bias
@@ -58,6 +60,15 @@ class CausalConv(nn.Module):
                 tokens = torch.where((segments.positions >= back)[..., None], tokens, 0.0)
             out = out + tokens * taps[:, i]
         return out
+
+
+def _last_inputs(padded: Tensor, padding: Padding | None) -> Tensor:
+    """What the next token's convolution looks back at, (batch, D_CONV - 1, dim): the ends of rows that have D_CONV - 1
+    inputs from before in front, padded (batch, D_CONV - 1 + seqlen, dim)."""
+    if padding is None:
+        return padded[:, 1 - D_CONV :]
+    at = padding.lengths[:, None] + torch.arange(D_CONV - 1, device=padded.device)
+    return padded.take_along_dim(at[..., None], dim=1)
 
 
 class Mamba2Mixer(nn.Module):
@@ -91,9 +102,10 @@ class Mamba2Mixer(nn.Module):
         seqlen_offset: int,
         rope: RopeTables | None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; advances `state` in place. Positions are not used."""
-        return self.out_proj(self.mix(x, state, seqlen_offset, rope, segments))
+        return self.out_proj(self.mix(x, state, seqlen_offset, rope, segments, padding))
 
     def mix(
         self,
@@ -102,22 +114,22 @@ class Mamba2Mixer(nn.Module):
         seqlen_offset: int,
         rope: RopeTables | None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
         ops = fused_ops(x)
         if ops is not None and segments is None:
-            return self._mix_fused(ops, x, state)
+            return self._mix_fused(ops, x, state, padding)
         batch, seqlen, _ = x.shape
         vkq, gate, dt = self.in_proj(x).split(self.splits, dim=-1)
-        vkq = F.silu(self.conv(vkq, state, segments))
+        vkq = F.silu(self.conv(vkq, state, segments, padding))
         v, k, q = vkq.split(self.conv_splits, dim=-1)
         v, k = (t.reshape(batch, seqlen, self.num_kv_heads, self.head_dim) for t in (v, k))
         q, gate = (t.reshape(batch, seqlen, self.num_heads, self.head_dim) for t in (q, gate))
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        if isinstance(state, PaddedMambaState):
-            # A step of no length moves no state.
-            dt = torch.where((torch.arange(seqlen, device=x.device) < state.lengths[:, None])[..., None], dt, 0.0)
+        if padding is not None:
+            dt = dt * padding.real[..., None]  # a step of no length leaves the state as it is
         A = -torch.exp(self.A_log.to(wide))
 
         if state is not None and seqlen == 1:
@@ -141,14 +153,14 @@ class Mamba2Mixer(nn.Module):
                 state.ssm_state.copy_(final)
         return self.norm(y, gate).reshape(batch, seqlen, -1)
 
-    def _mix_fused(self, ops: FusedOps, x: Tensor, state: MambaState | None) -> Tensor:
+    def _mix_fused(self, ops: FusedOps, x: Tensor, state: MambaState | None, padding: Padding | None = None) -> Tensor:
         """As `mix`, with everything between products and scan in one launch each."""
         batch, seqlen, _ = x.shape
         u = self.in_proj(x)
         conv_dim, hidden, _ = self.splits
         conv_state = x.new_zeros(batch, conv_dim, D_CONV - 1) if state is None else state.conv_state
         taps = self.conv.weight[:, 0].contiguous()
-        lengths = state.lengths if isinstance(state, PaddedMambaState) else None
+        lengths = None if padding is None else padding.lengths
         vkq, dt = ops.mix_inputs(u, conv_state, taps, self.conv.bias, self.dt_bias, hidden, lengths)
         v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.conv_splits, dim=-1))
         A = -torch.exp(self.A_log.float())

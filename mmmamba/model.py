@@ -18,7 +18,7 @@ from mmmamba.attention import Attention
 from mmmamba.config import EmbeddingConfig, LanguageConfig, LayerType, ModelConfig, StackConfig
 from mmmamba.layers import GatedMLP, RMSNorm, RopeTables, Rotary, pixel_shuffle
 from mmmamba.mixer import Mamba2Mixer
-from mmmamba.segments import Segments
+from mmmamba.segments import Padding, Segments
 from mmmamba.state import DecodeState, StackState
 
 _MIXERS: dict[str, type[Attention] | type[Mamba2Mixer]] = {"mha": Attention, "mamba2": Mamba2Mixer}
@@ -41,8 +41,9 @@ class Block(nn.Module):
         seqlen_offset: int,
         rope: RopeTables | None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
-        return self.finish(x, self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments))
+        return self.finish(x, self.mixer(self.mixer_norm(x), state, seqlen_offset, rope, segments, padding))
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixer: both residual sums and the MLP. Training may run it by itself."""
@@ -73,6 +74,7 @@ class DecoderStack(nn.Module):
         state: StackState | None,
         total_seqlen: int | None = None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same.
 
@@ -80,6 +82,7 @@ class DecoderStack(nn.Module):
             total_seqlen: the length that dynamic NTK scaling should assume when this call is a piece of a longer prompt
                 (None: what has been seen so far).
             segments: of packed rows; only without a state.
+            padding: of rows of different lengths; only in stacks without attention.
         """
         assert state is None or segments is None, "packed rows leave no state to go on from"
         offset = 0 if state is None else state.seqlen
@@ -88,7 +91,7 @@ class DecoderStack(nn.Module):
         else:
             rope = self.rope_tables(x, offset, total_seqlen)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if state is None else state.layers[i], offset, rope, segments)
+            x = layer(x, None if state is None else state.layers[i], offset, rope, segments, padding)
         if state is not None:
             state.seqlen += x.shape[1]
         return x
@@ -213,7 +216,7 @@ class HolisticEmbedding(DecoderStack):
         rest = input_ids[:, waiting:]
         out = [] if state is None else [state.pending[:, :waiting]]
         if rest.shape[1]:
-            missing = self._missing_tail(is_image[:, waiting:], pixel_values, batch, may_cut=state is not None)
+            missing = self.missing_tail(is_image[:, waiting:], pixel_values, batch, may_cut=state is not None)
             if missing:
                 rest = F.pad(rest, (0, missing), value=self.config.img_context_token_id)
             out.append(self._embed(rest, pixel_values, state, total_seqlen))
@@ -228,7 +231,7 @@ class HolisticEmbedding(DecoderStack):
             x = x[:, :seqlen]
         return x
 
-    def _missing_tail(self, is_image: Tensor, pixel_values: Tensor | None, batch: int, *, may_cut: bool) -> int:
+    def missing_tail(self, is_image: Tensor, pixel_values: Tensor | None, batch: int, *, may_cut: bool) -> int:
         """Image tokens to add at the end so that the last tile is whole."""
         num_tokens = _image_tokens_per_row(is_image)
         num_tiles = 0 if pixel_values is None else len(pixel_values)
@@ -275,10 +278,11 @@ class HolisticEmbedding(DecoderStack):
         state: DecodeState | None = None,
         total_seqlen: int | None = None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """As `forward` for whole tiles whose layout is known, everything on this model's device: looks at no values, so
         that training can capture it. `shape` is (batch, seqlen) of the language model; `segments` are those of packed
-        rows as this stack counts their tokens."""
+        rows, `padding` that of rows of different lengths, as this stack counts their tokens."""
         batch, seqlen = shape
         dim = self.config.hidden_size
         post = self.config.pixel_shuffle_loc == "post"
@@ -294,7 +298,7 @@ class HolisticEmbedding(DecoderStack):
             flat = flat.index_copy(0, layout.stack_image, patches.reshape(-1, dim).to(flat.dtype))
             x = flat.view(batch, -1, dim)
 
-        x = self.run(x, None if state is None else state.embedding, total_seqlen, segments)
+        x = self.run(x, None if state is None else state.embedding, total_seqlen, segments, padding)
 
         if post and pixel_values is not None:
             flat = x.reshape(-1, dim)
@@ -330,9 +334,10 @@ class LanguageModel(DecoderStack):
         state: DecodeState | None = None,
         total_seqlen: int | None = None,
         segments: Segments | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """Inputs of the language model to normed hidden states, both (batch, seqlen, hidden_size)."""
-        return self.norm(self.run(x, None if state is None else state.language, total_seqlen, segments))
+        return self.norm(self.run(x, None if state is None else state.language, total_seqlen, segments, padding))
 
 
 class MMMamba(nn.Module):

@@ -1,7 +1,9 @@
-"""Samples packed one behind the other into rows: which token belongs to which, so that none sees another."""
+"""Rows that hold more or less than one sequence: samples packed one behind the other, of which none sees another, and
+sequences of different lengths filled up at their ends."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,3 +58,20 @@ class Segments(NamedTuple):
         seqlen = self.ids.shape[1]
         causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=self.ids.device).tril()
         return ((self.ids[:, :, None] == self.ids[:, None, :]) & causal)[:, None]
+
+
+class Padding(NamedTuple):
+    """Rows of different lengths: recurrent state stops at their ends, what lies behind changes nothing.
+
+    real: (batch, seqlen), bool: what belongs to a row.
+    lengths: (batch,), int64: of the rows, at least 1.
+    """
+
+    real: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Padding:
+        """Rows of these lengths, filled up to the longest."""
+        ends = torch.tensor(list(lengths), device=device)
+        return cls(torch.arange(max(lengths), device=device) < ends[:, None], ends)

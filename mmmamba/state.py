@@ -42,14 +42,6 @@ class MambaState:
 
 
 @dataclass
-class PaddedMambaState(MambaState):
-    """One whose next call holds `lengths` (batch,) int32 tokens a row; what follows them there is padding and leaves no
-    trace. On the device, so that a captured call can be given other lengths."""
-
-    lengths: Tensor
-
-
-@dataclass
 class KVState:
     """`k_cache`, `v_cache` (batch, num_kv_heads, capacity, head_dim); the stack's `seqlen` says how much is filled."""
 

@@ -19,6 +19,7 @@ PACKED_METADATA = "mmmamba_packed"
 PACKED_PARTS = ("qweight", "scales", "zeros")
 QUANTIZED_METADATA = "mmmamba_quantized"  # scheme, group size and source of a checkpoint of `quantize`
 PART_SEPARATOR = "::"
+UNPACKED_BITS = (6,)  # stored so, and never held so
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -41,6 +42,7 @@ class _ForeignSpec(NamedTuple):
 class _Stored(NamedTuple):
     """A tensor, or some rows of one, in an opened file; `spec` if it is packed."""
 
+    path: Path
     file: Any
     name: str
     spec: PackedSpec | _ForeignSpec | None
@@ -54,10 +56,23 @@ class _Stored(NamedTuple):
         return tuple(f"{self.name}.{part}" for part in inner) or (self.name,)
 
     def as_stored(self) -> Tensor | PackedWeight | ForeignParts:
-        tensors = [self.file.get_tensor(part) for part in self.parts()]
+        tensors = self._tensors()
         if isinstance(self.spec, _ForeignSpec):
             return ForeignParts(self.spec.shape, dict(zip(self.spec.parts, tensors, strict=True)))
         return tensors[0] if self.spec is None else PackedWeight(tensors[0], tensors[1], tensors[2], self.spec)
+
+    def _tensors(self) -> list[Tensor]:
+        """As they lie in the file, mapped."""
+        if isinstance(self.spec, PackedSpec) and self.spec.bits in UNPACKED_BITS:
+            return [self._alone(part) for part in self.parts()]
+        return [self.file.get_tensor(part) for part in self.parts()]
+
+    def _alone(self, part: str) -> Tensor:
+        """Through a mapping of its own, which ends with the tensor: that of the file is kept by weights that stay in
+        it, and would keep in memory what was only read to be unpacked."""
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(part)
+        return tensor
 
     def read(self, dtype: torch.dtype) -> Tensor:
         stored = self.as_stored()
@@ -179,9 +194,9 @@ def _open(path: Path, stack: ExitStack) -> tuple[dict[str, _Stored], str | None]
         raise CheckpointError(
             f"{path} has metadata that cannot be read ({error!r}); fetch it again, or use the version that wrote it"
         ) from error
-    entries = {name: _Stored(f, name, spec) for name, spec in specs.items()}
+    entries = {name: _Stored(path, f, name, spec) for name, spec in specs.items()}
     taken = {part for entry in entries.values() for part in entry.parts()}
-    entries |= {name: _Stored(f, name, None) for name in set(f.keys()) - taken}
+    entries |= {name: _Stored(path, f, name, None) for name in set(f.keys()) - taken}
     if absent := taken - set(f.keys()):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(absent))}, which its metadata names; fetch it again")
     return entries, scheme

@@ -77,8 +77,9 @@ def widen(weight: PackedWeight) -> PackedWeight:
         return weight
     spec = widened(weight.spec)
     wide = weight.qweight.new_empty(weight.qweight.numel() // 3 * 4)
-    # In pieces: a table's scratch would be the most that loading a model takes.
-    for few, many in zip(weight.qweight.split(3 * CHUNK_NUMEL // 4), wide.split(CHUNK_NUMEL), strict=True):
+    # In small pieces: a table's scratch would be the most that loading a model takes.
+    piece = 2**18
+    for few, many in zip(weight.qweight.split(3 * piece // 4), wide.split(piece), strict=True):
         many.copy_(unpack_bits(few, 6))
     return PackedWeight(wide, weight.scales, weight.zeros, spec)
 

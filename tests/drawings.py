@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from distill.data.icons_pack import STYLES as PACKAGES
+from distill.data.origins import icon_packages
 from distill.data.photos_pack import write_packed
 from distill.data.things import Thing, things
 from distill.data.unseen import part_of
@@ -76,3 +79,40 @@ def write_icons(path: Path) -> Path:
                 records.append((f"{split}/{style}-flag-{country}", webp(flag(country)), about))
     write_packed(path, records, max_mib=None, what="icons")
     return path
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><circle cx="18" cy="18" r="9" fill="#c00"/></svg>'
+
+
+def write_packages(root: Path) -> Path:
+    """Every package with a dog, and those with flags with one."""
+    labels = {label: f"E{number:04X}" for number, label in enumerate(things())} | {"dog": "1F415", "dog face": "1F436"}
+    emoji = root / "emojibase-data/en"
+    emoji.mkdir(parents=True)
+    (emoji / "data.json").write_text(json.dumps([{"label": k, "hexcode": v} for k, v in labels.items()]))
+    for style in PACKAGES.values():
+        folder = root / style.folder
+        folder.mkdir(parents=True)
+        if style.folder.startswith("@iconify-json"):
+            icons = {
+                "dog": {"body": SVG[SVG.index("<circle") : -6]},
+                "flag-for-japan": {"body": '<path d="M0 0h36v36z"/>'},
+            }
+            prefix = style.folder.split("/")[1]
+            (folder / "icons.json").write_text(
+                json.dumps({"prefix": prefix, "icons": icons, "width": 36, "height": 36})
+            )
+            unnamed = prefix in ("fxemoji", "streamline-emojis")
+            codes = {} if unnamed else {"1f415": "dog", "1f1ef-1f1f5": "flag-for-japan"}
+            (folder / "chars.json").write_text(json.dumps(codes))
+    for name in ("1F415", "1F1EF-1F1F5"):
+        (root / "openmoji/color/svg").mkdir(parents=True, exist_ok=True)
+        (root / f"openmoji/color/svg/{name}.svg").write_text(SVG)
+        (root / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True, exist_ok=True)
+        disc("dog").save(root / f"@lobehub/fluent-emoji-3d/assets/{name.lower()}.webp")
+    (root / "flag-icons/flags/4x3").mkdir(parents=True)
+    (root / "flag-icons/flags/4x3/jp.svg").write_text(SVG)
+    (root / "flag-icons/country.json").write_text(json.dumps([{"code": "jp", "name": "Japan", "iso": True}]))
+    for package in icon_packages():
+        (root / package.name / "package.json").write_text(json.dumps({"name": package.name}))
+    return root

@@ -58,3 +58,14 @@ def write_nlvr(folder: Path) -> Path:
         ]
         (folder / f"nlvr_{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     return folder
+
+
+def write_whole_font(path: Path) -> None:
+    """Pillow's font with the two signs for money that it lacks."""
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(io.BytesIO(builtin_font().data))
+    for table in font["cmap"].tables:
+        if table.isUnicode():
+            table.cmap |= {ord(sign): table.cmap[ord("E")] for sign in "£€"}
+    font.save(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmmamba.conversation import Conversation
 from mmmamba.generate import ModelInputs, decode_one_token, prefill
 from mmmamba.jsonl import answer_file, read_questions
 from mmmamba.model import MMMamba
+from mmmamba.together import prefill_together
 from mmmamba.tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(greedy=True, max_new_tokens=6)
@@ -97,6 +99,61 @@ def test_rows_really_go_together(
     assert max(widths) == 3
     assert sum(widths) == sum(n - 1 for n in lengths), "a last token has nothing to be fed for"
     assert len(widths) <= 13, "rows waited for each other"
+
+
+def test_prompts_are_read_together(
+    tiny_dir: Path, request: pytest.FixtureRequest, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of about one length, as many as rows are free; and what fails together is read one by one."""
+    model = model_of(request, "tiny_dir")
+    read: list[list[int]] = []
+    broken = False
+
+    def counted(model: Any, prompts: Any) -> Any:
+        read.append([inputs.input_ids.shape[1] for inputs in prompts])
+        if broken:
+            raise RuntimeError("out of memory")
+        return prefill_together(model, prompts)
+
+    monkeypatch.setattr("mmmamba.batch.prefill_together", counted)
+    texts = ["Hi", "Hello", "Hi " * 30, "Hello World", "Yo", "World"]
+    questions = [Question(text, params=GREEDY) for text in texts]
+    answers = {answer.index: answer.text for answer in batch_of(model, 4).run(questions)}
+    assert len(read[0]) == 3, "all of the first four but the long one"
+    assert all(max(lengths) <= 2 * min(lengths) for lengths in read)
+    broken = True
+    assert {answer.index: answer.text for answer in batch_of(model, 4).run(questions)} == answers
+    assert read[0] == read[len(read) // 2]
+
+
+def test_long_prompts_are_read_alone_and_few_wait(
+    tiny_dir: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(request, "tiny_dir")
+    monkeypatch.setattr("mmmamba.batch.CPU_TOGETHER", 20)
+    monkeypatch.setattr("mmmamba.batch.prefill_together", lambda *args: pytest.fail("above the limit"))
+    taken = 0
+
+    def source() -> Iterator[Question]:
+        nonlocal taken
+        for _ in range(6):
+            taken += 1
+            yield Question("Hello World", params=GREEDY)
+
+    batch = batch_of(model, 6)
+    assert next(iter(batch._prepare(enumerate(source()), deque(), 6)), None) is None
+    assert 1 <= taken < 6, "all pictures would wait in memory"
+    assert len(list(batch.run(source()))) == 6
+
+
+def test_pictures_need_no_file(tiny_dir: Path, request: pytest.FixtureRequest, pictures: list[Path]) -> None:
+    batch = batch_of(model_of(request, "tiny_dir"), 2)
+    shown = Image.open(pictures[0])
+    of_file, of_picture = (
+        next(iter(batch.run([Question("What?", (it,), params=GREEDY)]))) for it in (pictures[0], shown)
+    )
+    assert of_file == of_picture
+    assert of_file.image_tokens > 0
 
 
 def test_caches_of_one_length_share_a_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import decode, kernels, machine, report
+from benchmarks import decode, kernels, machine, report, smollm2
 from mmmamba import cost, load_model
 
 CPU = torch.device("cpu")
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 def small_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' side at the size of the golden models, and no look into this machine's cache of weights."""
     small = {"vocab_size": 160, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 2}
-    monkeypatch.setattr(decode, "BASELINE_CONFIG", decode.BASELINE_CONFIG | small)
-    monkeypatch.setattr(decode, "BASELINE", "nobody/SmolLM2-135M")
+    monkeypatch.setattr(smollm2, "BASELINE_CONFIG", smollm2.BASELINE_CONFIG | small)
+    monkeypatch.setattr(smollm2, "BASELINE", "nobody/SmolLM2-135M")
     monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
 
 
@@ -57,6 +57,21 @@ def test_decode_end_to_end(capsys: pytest.CaptureFixture[str], golden: Path, tmp
 
 
 @pytest.mark.usefixtures("small_baseline")
+def test_long_contexts_are_for_those_who_do_not_grow(
+    capsys: pytest.CaptureFixture[str], golden: Path, tmp_path: Path
+) -> None:
+    models = golden / "post" / "linear", golden / "post" / "hovle", golden / "post" / "hybrid"
+    argv = ("--model", *models, "--contexts", 12, 40, "--steps", 4, "--longest-cache", 20, "--out", tmp_path / "a.json")
+    _, summary = run(capsys, *argv)
+    names = ("post/linear", "post/hovle", "post/hybrid", "transformers SmolLM2-135M")
+    measured = [(r["what"], r["context"]) for r in summary["records"]]
+    assert measured == [*((name, 12) for name in names), ("post/linear", 40)]
+    first, *_, last = summary["records"]
+    assert first["cache_bytes"] == last["cache_bytes"]
+    assert first["floor_ms"] == last["floor_ms"]
+
+
+@pytest.mark.usefixtures("small_baseline")
 def test_batch_random_weights_and_bfloat16(capsys: pytest.CaptureFixture[str], golden: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((golden / "pre_ntk" / "linear" / "config.json").read_text())
     argv = ["--model", tmp_path, "--random-weights", "--no-baseline", "--contexts", 10, "--steps", 2]
@@ -78,8 +93,8 @@ def test_both_sides_read_what_the_record_says(golden: Path) -> None:
     )
     torch.manual_seed(0)
     small = {"vocab_size": 160, "hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 48}
-    llama = LlamaForCausalLM(LlamaConfig(**decode.BASELINE_CONFIG | small)).eval()
-    theirs = decode.TransformersSide(llama, "llama", "random", 8)
+    llama = LlamaForCausalLM(LlamaConfig(**smollm2.BASELINE_CONFIG | small)).eval()
+    theirs = smollm2.TransformersSide(llama, "llama", "random", 8)
     logits = ours.model(ids)
     logits[..., ours.model.config.embedding.img_context_token_id] = float("-inf")
     for side, expected in ((ours, logits), (theirs, llama(ids).logits)):
@@ -91,8 +106,8 @@ def test_both_sides_read_what_the_record_says(golden: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_weight_bytes(tied: bool) -> None:
     small = {"vocab_size": 160, "hidden_size": 36, "num_hidden_layers": 1, "tie_word_embeddings": tied}
-    model = LlamaForCausalLM(LlamaConfig(**decode.BASELINE_CONFIG | small))
-    count = decode.transformers_weight_bytes(model)
+    model = LlamaForCausalLM(LlamaConfig(**smollm2.BASELINE_CONFIG | small))
+    count = smollm2.transformers_weight_bytes(model)
     row, table = 36 * 4, 160 * 36 * 4
     layers = sum(p.nbytes for p in model.model.layers.parameters()) + model.model.norm.weight.nbytes
     assert count.total == layers + table * (1 if tied else 2)
@@ -117,6 +132,7 @@ def test_floor_counts_weights_once_and_state_twice(golden: Path) -> None:
         (["--steps", "1"], "--steps 1"),
         (["--batch", "0"], "--batch 0"),
         (["--dtype", "float8"], "float8"),
+        (["--longest-cache", "99"], "--longest-cache 99"),
     ],
 )
 def test_bad_flags_are_refused(capsys: pytest.CaptureFixture[str], argv: list[str], names: str) -> None:

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import decode, llama_cpp, machine, quant
+from benchmarks import llama_cpp, machine, quant, smollm2
 from mmmamba import load_model
 
 
 def test_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = {"vocab_size": 160, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 2}
-    monkeypatch.setattr(decode, "BASELINE_CONFIG", decode.BASELINE_CONFIG | small)
-    monkeypatch.setattr(decode, "BASELINE", "nobody/SmolLM2-135M")
+    monkeypatch.setattr(smollm2, "BASELINE_CONFIG", smollm2.BASELINE_CONFIG | small)
+    monkeypatch.setattr(smollm2, "BASELINE", "nobody/SmolLM2-135M")
     monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
     argv = ["--scheme", "int4", "--questions", "1", "--texts", "1", "--steps", "2", "--contexts", "20", "10"]
     assert quant.main([*argv, "--out", str(tmp_path / "quant-here.json")]) == 0

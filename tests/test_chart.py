@@ -7,6 +7,7 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 
+import pytest
 from PIL import Image
 
 from mmmamba.chart import HEIGHT, WIDTH, Chart, Line, mebibytes, milliseconds, png, svg, thousands
@@ -53,11 +54,28 @@ def test_a_rising_line_rises_and_a_flat_one_stays() -> None:
     assert rising[1] < rising[0] - 10, "pixels count downwards"
 
 
+def test_logarithmic_heights_keep_ratios() -> None:
+    lines = tuple(Line(f"m{y}", "linear", ((10, y), (1000, y))) for y in (1.0, 10.0, 100.0))
+    chart = Chart("x", milliseconds, lines, log_x=True, log_y=True, width=700, height=400, x_marks=(10, 100, 1000))
+    root = ET.fromstring(svg(chart))
+    assert root.get("viewBox") == "0 0 700 400"
+    low, middle, high = (float((e.get("points") or "").split()[0].split(",")[1]) for e in root.iter("polyline"))
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+    assert high < middle
+    texts = [e.text for e in root.iter("text")]
+    assert [t for t in texts if t in ("10", "100", "1K")] == ["10", "100", "1K"]
+    assert {"1.0 ms", "2.0 ms", "10 ms", "100 ms"} <= set(texts)
+
+
 def test_names_do_not_lie_on_each_other() -> None:
     same = Chart("x", milliseconds, tuple(Line(f"m{i}", "linear", ((0, 5.0), (9, 5.0))) for i in range(3)))
     ys = sorted(float(y) for y in re.findall(r'class="name[^"]*" x="[\d.]+" y="([\d.]+)"', svg(same)))
     assert all(b - a >= 30 for a, b in itertools.pairwise(ys))
     assert ys[-1] < HEIGHT
+    # One that lies apart stays at its line when others below it are crowded.
+    lines = Line("top", "linear", ((0, 50.0), (9, 50.0))), *same.lines
+    names = re.findall(r'class="name[^"]*" x="[\d.]+" y="([\d.]+)"', svg(Chart("x", milliseconds, lines)))
+    assert float(names[0]) < HEIGHT / 4
 
 
 def test_an_empty_chart_is_a_chart() -> None:
@@ -73,4 +91,5 @@ def test_png_shows_both_colours() -> None:
 
 def test_numbers_as_people_say_them() -> None:
     assert [thousands(x) for x in (500, 1024, 16_384, 103_000, 2500)] == ["500", "1K", "16K", "103K", "2.5K"]
+    assert [thousands(x) for x in (1_000_000, 2**20, 1_500_000)] == ["1M", "1M", "1.5M"]
     assert [mebibytes(x * 2**20) for x in (0, 5.5, 71, 6000)] == ["0 MiB", "5.5 MiB", "71 MiB", "5.9 GiB"]

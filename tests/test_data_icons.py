@@ -16,8 +16,8 @@ from distill.data.flags import Flag, Flags, ask_colors
 from distill.data.icon_questions import ASKS
 from distill.data.icon_scene import Icon, make_scene, read_icons
 from distill.data.icons import Icons
-from distill.data.icons_pack import STYLES, pack_icons
 from distill.data.icons_pack import main as pack_main
+from distill.data.icons_pack import pack_icons
 from distill.data.mixture import open_sources
 from distill.data.photos_pack import write_packed
 from distill.data.restyle import bend, restyle
@@ -407,41 +407,10 @@ def test_countries_have_flags_of_their_own(tmp_path):
 
 # -- packing -----------------------------------------------------------------------------------------------------------
 
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><circle cx="18" cy="18" r="9" fill="#c00"/></svg>'
-
 
 @pytest.fixture
 def packages(tmp_path) -> Path:
-    """Every package with a dog, and those with flags with one."""
-    root = tmp_path / "node_modules"
-    labels = {label: f"E{number:04X}" for number, label in enumerate(things())} | {"dog": "1F415", "dog face": "1F436"}
-    emoji = root / "emojibase-data/en"
-    emoji.mkdir(parents=True)
-    (emoji / "data.json").write_text(json.dumps([{"label": k, "hexcode": v} for k, v in labels.items()]))
-    for style in STYLES.values():
-        folder = root / style.folder
-        folder.mkdir(parents=True)
-        if style.folder.startswith("@iconify-json"):
-            icons = {
-                "dog": {"body": SVG[SVG.index("<circle") : -6]},
-                "flag-for-japan": {"body": '<path d="M0 0h36v36z"/>'},
-            }
-            prefix = style.folder.split("/")[1]
-            (folder / "icons.json").write_text(
-                json.dumps({"prefix": prefix, "icons": icons, "width": 36, "height": 36})
-            )
-            unnamed = prefix in ("fxemoji", "streamline-emojis")
-            codes = {} if unnamed else {"1f415": "dog", "1f1ef-1f1f5": "flag-for-japan"}
-            (folder / "chars.json").write_text(json.dumps(codes))
-    for name in ("1F415", "1F1EF-1F1F5"):
-        (root / "openmoji/color/svg").mkdir(parents=True, exist_ok=True)
-        (root / f"openmoji/color/svg/{name}.svg").write_text(SVG)
-        (root / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True, exist_ok=True)
-        drawings.disc("dog").save(root / f"@lobehub/fluent-emoji-3d/assets/{name.lower()}.webp")
-    (root / "flag-icons/flags/4x3").mkdir(parents=True)
-    (root / "flag-icons/flags/4x3/jp.svg").write_text(SVG)
-    (root / "flag-icons/country.json").write_text(json.dumps([{"code": "jp", "name": "Japan", "iso": True}]))
-    return root
+    return drawings.write_packages(tmp_path / "node_modules")
 
 
 def test_packing_draws_each_style_into_its_split(packages, tmp_path):

@@ -30,7 +30,7 @@ from distill.nano import nano_config
 from distill.reading import printed_error_rate, reading_questions, reads_right
 from mmmamba.checkpoint import BUNDLED_DIR
 from mmmamba.tokenizer import load_tokenizer
-from tests.reading import write_fonts
+from tests.reading import write_fonts, write_whole_font
 
 
 def pages(font_pack: Path, split: str = "train", number: int = 300) -> list[tuple[Page, tuple[tuple[str, str], ...]]]:
@@ -116,7 +116,7 @@ def test_packing_cuts_fonts_and_takes_licences_along(tmp_path: Path, capsys: pyt
     out = tmp_path / "fonts.tar.gz"
     assert pack_main([str(out), str(source)]) == 1
     assert "none of the known fonts" in capsys.readouterr().err
-    _whole_font(source / "Lato-Regular.ttf")
+    write_whole_font(source / "Lato-Regular.ttf")
     assert pack_main([str(out), str(source)]) == 1, "a font without its licence must stay out"
     (source / "fonts-lato" / "copyright").write_text("free as in made up")
     packed, missing = pack_fonts(out, [source])
@@ -139,19 +139,6 @@ def test_packing_cuts_fonts_and_takes_licences_along(tmp_path: Path, capsys: pyt
     assert "more than 0.001" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is no folder"):
         pack_fonts(out, [tmp_path / "nowhere"])
-
-
-def _whole_font(path: Path) -> None:
-    """Pillow's font with the two signs for money that it lacks."""
-    import io
-
-    from fontTools.ttLib import TTFont
-
-    font = TTFont(io.BytesIO(builtin_font().data))
-    for table in font["cmap"].tables:
-        if table.isUnicode():
-            table.cmap |= {ord(sign): table.cmap[ord("E")] for sign in "£€"}
-    font.save(path)
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -359,6 +346,9 @@ def test_held_out_text_is_never_trained_on(font_pack: Path) -> None:
     words = [word.lower() for _, _, answer in asked for word in answer.split()]
     assert not [word for word in words if word in known and not _is_month(word)]  # months: dates are held out whole
     assert len({answer for _, _, answer in asked}) > 35
+    assert max(len(answer.split()) for _, _, answer in asked) == 4
+    long = [answer for _, _, answer in reading_questions("printed_long", 20, fonts=font_pack)]
+    assert min(len(answer.split()) for answer in long) >= 5
 
 
 @pytest.mark.parametrize(
@@ -390,16 +380,11 @@ def test_character_error_rate() -> None:
         character_error_rate([("a", " ")])
 
 
-def test_error_rate_of_a_model_counts_its_replies(font_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_rate_of_a_model_counts_its_replies(font_pack: Path) -> None:
     """A model that reads everything but the last letter errs by one letter a text."""
-    texts = {image.tobytes(): answer for image, _, answer in reading_questions("printed_text", 6, fonts=font_pack)}
-
-    def read(model: object, tokenizer: object, asked: list[tuple[Image.Image, str]]) -> list[str]:
-        return [f'"{texts[image.tobytes()][:-1]}"' for image, _ in asked]
-
-    monkeypatch.setattr("distill.reading.greedy_replies", read)
-    rate = printed_error_rate(None, None, 6, fonts=font_pack)
-    assert rate == pytest.approx(6 / sum(map(len, texts.values())))
+    texts = [answer for _, _, answer in reading_questions("printed_text", 6, fonts=font_pack)]
+    rate = printed_error_rate((f'"{text[:-1]}"', text) for text in texts)
+    assert rate == pytest.approx(6 / sum(map(len, texts)))
 
 
 def test_reading_is_scored_to_the_letter() -> None:

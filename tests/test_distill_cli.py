@@ -41,7 +41,7 @@ STAGE = {
     "image_answer_tokens": 20,
     "text_answer_tokens": 120,
 }
-COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "table", "teacher", "bundle")
+COMMANDS = ("convert", "stage1", "stage2", "stage3", "run", "export", "eval", "table", "card", "teacher", "bundle")
 
 
 @pytest.fixture

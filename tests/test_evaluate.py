@@ -14,11 +14,11 @@ from PIL import Image
 from distill.__main__ import main
 from distill.base import load_base
 from distill.convert import make_student
-from distill.data.batches import Rows
+from distill.data.batches import Batch, Rows
 from distill.data.sample import Sample
 from distill.data.sample import held_out as held_out_by_hash
 from distill.data.text import HELD_OUT_PERCENT, Conversations
-from distill.evaluate import held_out_questions, judge
+from distill.evaluate import exact_matches, held_out_questions, judge
 from distill.failures import failures_table, write_failures
 from distill.nano import new_teacher
 from distill.replies import greedy_replies
@@ -125,20 +125,80 @@ def test_scores_and_failures(tokenizer: Tokenizer, teacher_dir: Path, monkeypatc
     model = load_model(teacher_dir)
     rows = Rows(tokenizer, model.config, "image", seqlen=96)
     asked = {"shapes_count": held_out("shapes_count", 5), "shapes_color": held_out("shapes_color", 3)}
-    scores, failures = score(model, rows, asked.items(), failure_count=2)
+    scores, failures, readings = score(model, rows, asked.items(), failure_count=2)
     assert scores == {"shapes_count": TaskScore(5, 0, None, 0), "shapes_color": TaskScore(3, 0, None, 0)}
     assert scores["shapes_count"].exact_match == 0.0
     assert [(f.task, f.question) for f in failures] == [
         (task, question) for task, questions in asked.items() for question in questions[:2]
     ]
     assert all(f.reply for f in failures)
+    assert not readings
 
     replies = iter([asked["shapes_count"][0].answer.upper().rstrip("."), "Who knows?", *["?"] * 6])
     monkeypatch.setattr("distill.scores.greedy_replies", lambda m, t, asked: [next(replies) for _ in asked])
-    scores, failures = score(model, rows, asked.items(), decode=True, failure_count=1)
+    scores, failures, _ = score(model, rows, asked.items(), decode=True, failure_count=1)
     assert scores == {"shapes_count": TaskScore(5, 0, 1, 0), "shapes_color": TaskScore(3, 0, 0, 0)}
     assert [f.reply for f in failures] == ["Who knows?", "?"]
     assert next(replies, None) is None, "not every wrong reply was decoded"
+
+
+def test_questions_read_together_are_judged_as_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mixed lengths, some right and some wrong, and one that fits no row; on a CPU not too many at once."""
+    model = load_model("nano-linear")
+    rows = Rows(tokenizer, model.config, "image", seqlen=model.config.tokens_per_tile + 40)
+    asked = [q for task in ("shapes_describe", "digits") for q in held_out(task, 3)]
+    asked.insert(3, asked[0]._replace(question="How many? " * 30))
+    sizes = []
+    found = exact_matches
+
+    def noted(model: MMMamba, batch: Batch) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        return found(model, batch)
+
+    monkeypatch.setattr("distill.evaluate.exact_matches", noted)
+    monkeypatch.setattr("distill.evaluate.CPU_ROWS", 4)
+    together = judge(model, rows, "mixed", asked)
+    assert sizes == [4, 2]
+    assert together[3] is None
+    assert {True, False} <= set(together)
+    assert together == judge(model, rows, "mixed", asked, batch_size=1)
+
+
+def test_replies_are_decoded_once_and_together(
+    tokenizer: Tokenizer, teacher_dir: Path, font_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all tasks at a time; what is printed is read off the same replies, and what was right needs none."""
+    model = load_model(teacher_dir)
+    rows = Rows(tokenizer, model.config, "image", seqlen=96)
+    asked = {task: held_out(task, 4, fonts=font_pack) for task in ("shapes_exist", "printed_text")}
+    calls: list[list[str]] = []
+
+    def read(model: object, tokenizer: object, asked: list[tuple[Image.Image, str]]) -> list[str]:
+        calls.append([question for _, question in asked])
+        return ["?"] * len(asked)
+
+    monkeypatch.setattr("distill.scores.greedy_replies", read)
+    verdicts: dict[str, list[bool | None]] = {
+        "shapes_exist": [True, False, True, False],
+        "printed_text": [True, False, None, True],
+    }
+    monkeypatch.setattr("distill.scores.judge", lambda model, rows, task, asked, batch_size: verdicts[task])
+    printed = [q.answer for q in asked["printed_text"]]
+    wanted = [(printed[0], printed[0]), ("?", printed[1]), ("?", printed[2]), (printed[3], printed[3])]
+    questions = {task: [q.question for q in of_one] for task, of_one in asked.items()}
+
+    scores, _, readings = score(model, rows, asked.items(), decode=True, readings=True)
+    assert calls == [[*questions["shapes_exist"][1::2], *questions["printed_text"][1:3]]]
+    assert readings == wanted
+    assert scores["printed_text"] == TaskScore(3, 2, 2, 1)
+    assert scores["shapes_exist"] == TaskScore(4, 2, 2, 0)
+    calls.clear()
+    assert score(model, rows, asked.items(), readings=True).readings == wanted
+    assert calls == [questions["printed_text"][1:3]], "no other replies were asked for"
+    calls.clear()
+    failures = score(model, rows, asked.items(), failure_count=1).failures
+    assert [f.task for f in failures] == ["shapes_exist", "printed_text"]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
@@ -146,7 +206,7 @@ def test_replies_are_those_of_a_chat(
     kind: str, tokenizer: Tokenizer, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model nobody trained never stops of itself; here every seventh token ends a reply, each at another length."""
-    for module in ("distill.replies", "mmmamba.conversation"):
+    for module in ("mmmamba.batch", "mmmamba.conversation"):
         monkeypatch.setattr(f"{module}.stop_token_ids", lambda *args: tuple(range(0, 49_152, 7)))
     model = load_model(teacher_dir)
     if kind != "teacher":
@@ -173,7 +233,7 @@ def test_what_fits_no_row_is_not_asked(tokenizer: Tokenizer, teacher_dir: Path) 
     questions = held_out("shapes_count", 2)
     long = questions[0]._replace(question="How many? " * 40)
     assert judge(model, rows, "shapes_count", [long, questions[1]]) == [None, False]
-    scores, _ = score(model, rows, [("shapes_count", [long, questions[1]])], decode=True)
+    scores, _, _ = score(model, rows, [("shapes_count", [long, questions[1]])], decode=True)
     assert scores["shapes_count"] == TaskScore(1, 0, 0, 1)
 
 

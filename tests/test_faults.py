@@ -160,6 +160,33 @@ def test_a_run_goes_on_when_a_save_fails(tmp_path: Path, capsys: pytest.CaptureF
         train("t", stopping, CONFIG, batches("image"), None, tmp_path / "log", store=Full(tmp_path, {}))
 
 
+def test_a_log_on_a_full_disk_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes no byte, as a disk without room."""
+    stage = Slope(a__weight=(2, 2))
+    store = Checkpoints(tmp_path / "kept", {})
+    train("t", stage, CONFIG, batches("image"), None, Path("/dev/full"), store=store)
+    assert len(stage.seen) == 6
+    assert latest(store).step == 6
+    assert "/dev/full: a line cannot be written (No space left on device); training goes on" in capsys.readouterr().err
+
+
+def test_a_bad_loss_on_a_full_disk_is_still_said(tmp_path: Path, full_disk: None) -> None:
+    """The batch is larger than what the disk takes: nothing of it is left, and the message is about the loss."""
+
+    def large() -> Iterator[Batch]:
+        for given in batches("image"):
+            assert given.pixels is not None
+            yield given._replace(
+                pixels=given.pixels.repeat(12, 2, 2, 1),
+                input_ids=given.input_ids.repeat(12, 1),
+                loss_mask=given.loss_mask.repeat(12, 1),
+            )
+
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3: .*the batch could not be kept \("):
+        train("t", Breaking(float("nan")), CONFIG, large(), None, tmp_path / "log")
+    assert not list(tmp_path.glob("*.batch.pt*"))
+
+
 def test_generators_go_on_where_they_were() -> None:
     import random
 

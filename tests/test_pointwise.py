@@ -60,6 +60,15 @@ def test_mix_inputs(dtype: torch.dtype, seqlen: int) -> None:
     assert_near("dt", dt, F.softplus(u[..., -heads:].double() + dt_bias.double()), TOLERANCE[torch.float32])
     assert torch.equal(state, u[:, -1, :conv, None])
 
+    # Rows that are filled up behind their ends.
+    lengths = torch.tensor([seqlen, max(1, seqlen - 3)], device=u.device)
+    real = torch.arange(seqlen, device=u.device) < lengths[:, None]
+    state.copy_(padded[:, 0, :, None])
+    same, steps = pointwise.mix_inputs(u, state, taps, bias, dt_bias, hidden, lengths)
+    assert torch.equal(same, vkq)
+    assert torch.equal(steps, dt * real[..., None])
+    assert torch.equal(state[:, :, 0], u[torch.arange(batch, device=u.device), lengths - 1, :conv])
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads_dim", [(9, 64), (3, 6)], ids=str)

@@ -43,6 +43,15 @@ class Family(NamedTuple):
     held_out: bool = False
     caps: bool = False
 
+    @property
+    def npm(self) -> str:
+        """The package of npm that holds it, or ""."""
+        return "" if self.package else f"@fontsource/{_slug(self.name)}"
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
 
 def _npm(
     name: str,
@@ -52,8 +61,7 @@ def _npm(
     held_out: bool = False,
     caps: bool = False,
 ) -> Family:
-    slug = name.lower().replace(" ", "-")
-    files = tuple(f"{slug}-latin-{weight}-normal.woff" for weight in weights or (400,))
+    files = tuple(f"{_slug(name)}-latin-{weight}-normal.woff" for weight in weights or (400,))
     return Family(name, kind, licence, "", files, held_out, caps)
 
 
@@ -138,12 +146,12 @@ def pack_fonts(out: Path, sources: Sequence[Path], *, max_mib: float | None = No
     Raises: ValueError if fontTools is not installed, a folder is missing, nothing was found, or the file gets larger
         than `max_mib` (nothing is left behind then).
     """
-    found = _files(sources)
+    found = font_files(sources)
     members: dict[str, bytes] = {}
     records: list[dict[str, Any]] = []
     packed: list[str] = []
     for family in FAMILIES:
-        slug = family.name.lower().replace(" ", "-")
+        slug = _slug(family.name)
         faces = [found[name] for name in family.files if name in found]
         licence = _licence(family, faces, found)
         if not faces or licence is None:
@@ -168,7 +176,7 @@ def pack_fonts(out: Path, sources: Sequence[Path], *, max_mib: float | None = No
     return packed, [family.name for family in FAMILIES if family.name not in packed]
 
 
-def _files(sources: Sequence[Path]) -> dict[str, Path]:
+def font_files(sources: Sequence[Path]) -> dict[str, Path]:
     """Every font file by name, and every Debian copyright file as "PACKAGE/copyright"; what comes first stays."""
     found: dict[str, Path] = {}
     for folder in sources:

@@ -25,6 +25,7 @@ from distill.data.photos_pack import write_packed
 from distill.data.sample import Split
 from distill.data.things import Thing, things
 
+NAMES_PACKAGE = "emojibase-data"
 _FLAG_PX = 176  # wider than icons: emblems are small
 _REGIONAL_A = 0x1F1E6  # code point of the regional indicator A; two of them are a flag
 
@@ -157,7 +158,7 @@ def pack_icons(src: Path, out: Path, *, size_px: int = 144, quality: int = 70, m
     Returns: number of pictures.
     Raises: ValueError for a package that is missing, or as `write_packed`.
     """
-    for folder in (*(style.folder for style in STYLES.values()), "emojibase-data"):
+    for folder in (*(style.folder for style in STYLES.values()), NAMES_PACKAGE):
         if not (src / folder).is_dir():
             raise ValueError(f"{src} lacks the package {folder}; install what the head of icons_pack.py lists")
 
@@ -175,7 +176,7 @@ def pack_icons(src: Path, out: Path, *, size_px: int = 144, quality: int = 70, m
 def _drawings(src: Path) -> Iterator[tuple[Split, str, Drawing, dict[str, Any]]]:
     labels = {
         emoji["label"]: emoji["hexcode"]
-        for emoji in json.loads((src / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
+        for emoji in json.loads((src / NAMES_PACKAGE / "en/data.json").read_text(encoding="utf-8"))
     }
     known = things()
     missing = [label for label in known if label not in labels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from distill.data.printed_questions import (
 from distill.data.sample import QA, Sample, Split, casual, check_split, rng_for
 from distill.data.words import Words
 
+FEW_WORDS = 4
 MIN_PX: dict[Split, int] = {"train": 12, "val": 16}
 _KIND_WEIGHTS: dict[PageKind, float] = {
     "words": 5, "lines": 3, "sign": 2.5, "name tag": 1.2, "receipt": 2.5, "table": 2, "form": 1.8,
@@ -87,10 +89,13 @@ class Printed:
         page, turns = self.page(seed, index, attempt)
         return Sample(page.image, turns, self.name)
 
-    def question(self, seed: int, index: int) -> tuple[Page, QA]:
-        """A page that is to be read out, and that question."""
-        rng = rng_for("printed_text", self.split, seed, index)
-        page = random_page(rng, self.press, rng.choice(READABLE))
+    def question(self, seed: int, index: int, *, long: bool = False) -> tuple[Page, QA]:
+        """A page of up to `FEW_WORDS` words, or a longer one, that is to be read out, and that question."""
+        for attempt in itertools.count():
+            rng = rng_for("printed_text", self.split, seed, index, attempt)
+            page = random_page(rng, self.press, rng.choice(READABLE))
+            if (len(page.text.split()) > FEW_WORDS) == long:
+                break
         turn = ask_read(page, rng)
         assert turn is not None, "such a page can be read"
         return page, (casual(rng, turn[0]), turn[1])

@@ -1,7 +1,7 @@
 """Prompts of a few thousand tokens read by replaying a CUDA graph: launched one by one, their kernels take longer to
 start than to run.
 
-A graph has fixed shapes. Text is padded to the next power of two; padding moves no state (`PaddedMambaState`), and the
+A graph has fixed shapes. Text is padded to the next power of two; padding moves no state (`segments.Padding`), and the
 logits are taken where the prompt ends. For models without attention: a cache of keys has no fixed place.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mmmamba.model import MMMamba, TokenLayout, token_layout
-from mmmamba.state import DecodeState, MambaState, PaddedMambaState, StackState
+from mmmamba.segments import Padding
+from mmmamba.state import DecodeState
 
 MIN_TEXT = 32  # tokens of text that the smallest graph has
 MAX_TOKENS = 4096  # in the embedding stack: more keep the card busy without a graph
@@ -106,11 +107,10 @@ class _Reading:
         self._per_tile = (shape.side // (2 * config.patch_size)) ** 2
         self._seqlen = shape.tiles * self._per_tile + shape.text
         device = model.device
-        self._lengths = torch.ones(2, shape.batch, dtype=torch.int32, device=device)
         self._last = torch.zeros(shape.batch, dtype=torch.int64, device=device)
         self._state = model.new_state(shape.batch)
-        for stack, lengths in zip(self._state.stacks, self._lengths, strict=True):
-            stack.layers = [_padded(layer, lengths) for layer in stack.layers]
+        whole = self._counts(self._seqlen)
+        self._paddings = [Padding.of([count] * shape.batch, device) for count in whole]
         self._pixels = None if pixel_values is None else pixel_values.to(device, copy=True)
         layout = self._layout_of(input_ids)
         self._flat = torch.cat([t.flatten() for t in layout]).to(device)
@@ -129,8 +129,9 @@ class _Reading:
 
     def _run(self, model: MMMamba) -> Tensor:
         shape = (self.shape.batch, self._seqlen)
-        x = model.embedding.embed_layout(self._layout, shape, self._pixels, self._state)
-        hidden = model.language(x, self._state)
+        of_embedding, of_language = self._paddings
+        x = model.embedding.embed_layout(self._layout, shape, self._pixels, self._state, padding=of_embedding)
+        hidden = model.language(x, self._state, padding=of_language)
         return model.language.output(hidden.flatten(0, 1).index_select(0, self._last))
 
     def read(self, model: MMMamba, input_ids: Tensor, pixel_values: Tensor | None, state: DecodeState) -> Tensor:
@@ -166,14 +167,11 @@ class _Reading:
         return seqlen + extra, seqlen
 
     def _set_lengths(self, seqlen: int) -> None:
-        for lengths, count in zip(self._lengths, self._counts(seqlen), strict=True):
-            lengths.fill_(count)
+        for padding, count in zip(self._paddings, self._counts(seqlen), strict=True):
+            padding.lengths.fill_(count)
+            padding.real[:, :count] = True
+            padding.real[:, count:] = False
         torch.arange(seqlen - 1, self.shape.batch * self._seqlen, self._seqlen, out=self._last)
-
-
-def _padded(layer: object, lengths: Tensor) -> PaddedMambaState:
-    assert isinstance(layer, MambaState), "`shape_of` was asked"
-    return PaddedMambaState(layer.conv_state, layer.ssm_state, lengths)
 
 
 def _copy_(into: DecodeState, source: DecodeState) -> None:
@@ -183,5 +181,4 @@ def _copy_(into: DecodeState, source: DecodeState) -> None:
 
 
 def _all(state: DecodeState, name: str) -> list[Tensor]:
-    stacks: tuple[StackState, ...] = state.stacks
-    return [layer.tensors()[name] for stack in stacks for layer in stack.layers]
+    return [layer.tensors()[name] for stack in state.stacks for layer in stack.layers]

@@ -146,7 +146,7 @@ def mix_inputs(
     Args:
         conv_state: (batch, conv_dim, 1), moved on to the last token.
         conv_weight: (conv_dim, 2), contiguous.
-        lengths: (batch,) int32, 1 or more: tokens of a row that count, where padding follows (its dt is 0).
+        lengths: (batch,) int64, 1 or more: tokens of a row that count, where padding follows (its dt is 0).
     """
     batch, seqlen, width = u.shape
     conv, heads = conv_bias.shape[0], dt_bias.shape[0]
@@ -176,7 +176,7 @@ def mix_inputs(
     if lengths is None:
         conv_state.copy_(u[:, -1, :conv, None])
     else:
-        last = (lengths.long() - 1)[:, None, None].expand(-1, 1, conv)
+        last = (lengths - 1)[:, None, None].expand(-1, 1, conv)
         conv_state.copy_(u[..., :conv].gather(1, last).mT)
     return vkq, dt
 
