@@ -13,7 +13,6 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
-from fakes import STATE_BYTES, FakeLoader
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, AuthenticationError
 
@@ -26,6 +25,7 @@ from app.likes import Likes
 from app.options import Options
 from app.ui import EXAMPLES, EXAMPLES_DIR, PageOptions, build, launch_options
 from quantize import SCHEMES
+from tests.fakes import STATE_BYTES, FakeLoader
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fakes import FakeLoader
 
 from app.engine import Engine
 from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
+from tests.fakes import FakeLoader
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
