@@ -13,6 +13,7 @@ Stages, in order; each writes to DIR/log.txt and DIR/results.jsonl as it goes, a
     shapes   the matrix-vector kernel over rows a program and warps
     many     the products of 64 rows over tiles, warps and tiles in flight
     profile  the kernels that a piece of a prompt spends its time in
+    warm     a new process up to its first token, kernels compiled before (`benchmarks.warm_up`)
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mmmamba.generate import prefill as read_prompt
 from mmmamba.model import MMMamba
 from mmmamba.sampling import SamplingParams
 
-STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "shapes", "many", "profile")
+STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "shapes", "many", "profile", "warm")
 TESTS = (
     "tests/test_kernels_decode.py",
     "tests/test_kernels_many.py",
@@ -276,6 +277,15 @@ def profile_prefill(run: Run) -> None:
             print(prompt.name, table, sep="\n", file=out)
 
 
+def time_warm_up(run: Run) -> None:
+    command = [sys.executable, "-m", "benchmarks.warm_up"]
+    for _ in range(2):  # the first one compiles what is not compiled yet
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(20, run.left()), check=True
+        )
+    run.keep("warm", **json.loads(done.stdout.splitlines()[-1]))
+
+
 def run_tests(run: Run) -> None:
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-n", str(workers)]
@@ -303,6 +313,7 @@ _WORK: dict[str, Callable[[Run], None]] = {
     "shapes": time_shapes,
     "many": time_many,
     "profile": profile_prefill,
+    "warm": time_warm_up,
 }
 
 

@@ -18,7 +18,7 @@ import torch
 
 from distill.base import HUB_ID, load_base
 from distill.card import check_marks, failures_part, fill_card, named_paths, read_log, scores_part, training_part
-from distill.checkpoints import write_whole
+from distill.checkpoints import write_whole, writing_model
 from distill.config import STUDENT_STAGES, Recipe
 from distill.data.batches import Rows
 from distill.data.photos import Photos
@@ -26,7 +26,7 @@ from distill.distributed import Processes
 from distill.evaluate import held_out_questions
 from distill.failures import write_failures
 from distill.faults import Interrupted
-from distill.pipeline import Run, convert, export, run_all, train_stage, train_teacher
+from distill.pipeline import Run, convert, export, export_upstream, run_all, train_stage, train_teacher
 from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
 from distill.scores import score
@@ -100,8 +100,12 @@ def run_everything(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write the student of the last finished stage to OUT, in the published layout."""
-    export(_run(args), args.teacher, args.out, stage=args.stage)
+    """Write the student of the last finished stage to OUT, in the published layout; or one that others trained."""
+    run = _run(args)
+    if args.from_upstream is not None:
+        export_upstream(run, args.teacher, args.from_upstream, args.out, allow_changed=args.allow_changed)
+    else:
+        export(run, args.teacher, args.out, stage=args.stage)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -182,7 +186,8 @@ def run_bundle(args: argparse.Namespace) -> None:
     for spec in args.models:
         name, _, path = spec.partition("=")
         models[name] = load_model(path)
-    files = save_bundle(models, args.out, storage_spec)
+    with writing_model(args.out):
+        files = save_bundle(models, args.out, storage_spec)
     print(f"{len(files)} shards, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {args.out}")
 
 
@@ -240,7 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (stages["stage3"], everything):
         about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"
         sub.add_argument("--all-tokens", action="store_true", help=about)
-    _student(command("export", run_export)).add_argument("--stage", help="after this stage, not the last finished one")
+    exported = _student(command("export", run_export))
+    exported.add_argument("--stage", help="after this stage, not the last finished one")
+    about = "a training checkpoint of the published code, safetensors: export this one; no recipe is needed"
+    exported.add_argument("--from-upstream", type=Path, metavar="FILE", help=about)
+    about = "of a checkpoint with --from-upstream take over what is not the teacher's outside of the mixers, too"
+    exported.add_argument("--allow-changed", action="store_true", help=about)
     _evaluation(_data(command("eval", run_eval)))
     table = command("table", run_table)
     table.add_argument("scores", nargs="+", metavar="NAME=FILE", help="a column each, the teacher's first")

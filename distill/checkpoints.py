@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.distributed import Processes
@@ -190,6 +191,21 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_bytes_whole(path: Path, content: bytes) -> None:
     """`write_whole` of what is there already."""
     write_whole(path, lambda file: file.write(content))
+
+
+@contextmanager
+def writing_model(out: Path) -> Iterator[None]:
+    """Around what writes a model's files.  Raises: OSError naming the folder if one of them cannot be written.
+
+    safetensors has an error of its own for that, which is no OSError.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise OSError(
+            f"{out} cannot be written ({said}); make room and run the same command again: what was trained is kept"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from distill.checkpoints import writing_model
 from distill.convert import fused_copy
 from mmmamba.checkpoint import load_model, read_config, save_model
 from mmmamba.model import MMMamba
@@ -18,12 +19,14 @@ def export_student(student: MMMamba, out: Path) -> Path:
     torn file shows here and not on the day of use.
 
     Returns: `out`.
-    Raises: ValueError for a model without a `mamba2` layer, or if what is on disk is not what was written.
+    Raises: OSError if it cannot be written; ValueError for a model without a `mamba2` layer, or if what is on disk is
+        not what was written.
     """
     if student.config.kind == "teacher":
         raise ValueError("the model has no mamba2 layer, so it is no student; write a teacher with mmmamba.save_model")
     fused = fused_copy(student)
-    save_model(fused, out)
+    with writing_model(out):
+        save_model(fused, out)
     written = dict(load_model(out, dtype=student.dtype).named_parameters())
     if read_config(out) != fused.config:
         raise ValueError(f"{out}/config.json does not say what the student is; look at the disk and export again")

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from distill.base import load_base
-from distill.checkpoints import Checkpoints, write_whole
+from distill.checkpoints import Checkpoints, write_whole, writing_model
 from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
 from distill.convert import make_student
 from distill.data.packed_stream import same_parts
@@ -95,7 +95,8 @@ def train_teacher(run: Run, base: str, out: Path, *, weights: str | None = None)
         written = MMMamba(model.config)
         written.load_state_dict(state)
     if run.processes.is_main:
-        save_model(written, out)
+        with writing_model(out):
+            save_model(written, out)
         note = json.dumps(trained._asdict() | {"recipe": run.recipe.name}) + "\n"
         write_whole(finished, lambda file: file.write(note.encode()))
         store.clear()
@@ -175,6 +176,20 @@ def export(run: Run, teacher_dir: str, out: Path, *, stage: str | None = None) -
         student = make_student(teacher, *run.recipe.layer_types(teacher.config), seed=run.recipe.seed)
         kept.load_(stage, student)
         run.say(f"export: {student.config.kind} student after {stage}, in {export_student(student, out)}")
+    run.processes.wait()
+
+
+def export_upstream(run: Run, teacher_dir: str, path: Path, out: Path, *, allow_changed: bool = False) -> None:
+    """Write a student that the published training code left in `path`, in the published inference layout.
+
+    Raises: ValueError as `upstream.load_upstream_student`, if it does not fit the teacher or cannot be read.
+    """
+    from distill.export import export_student
+    from distill.upstream import load_upstream_student
+
+    if run.processes.is_main:
+        student = load_upstream_student(load_model(teacher_dir), path, allow_changed=allow_changed)
+        run.say(f"export: {student.config.kind} student of {path}, in {export_student(student, out)}")
     run.processes.wait()
 
 

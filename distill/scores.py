@@ -132,6 +132,8 @@ class _Task:
 
 
 def _reply(model: MMMamba, rows: Rows, wanted: list[tuple[_Task, int]]) -> None:
+    """Decode replies; prompts of one length one after the other, since models with attention read only such at once."""
+    wanted.sort(key=lambda of: len(rows.tokenizer.encode(of[0].questions[of[1]].question)))
     asked = [task.questions[place] for task, place in wanted]
     replies = greedy_replies(model, rows.tokenizer, [(q.image, q.question) for q in asked])
     for (task, place), reply in zip(wanted, replies, strict=True):

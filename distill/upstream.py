@@ -96,7 +96,11 @@ def load_upstream_student(teacher: MMMamba, path: str | Path, *, allow_changed: 
         )
         raise CheckpointError(
             f"{path} does not fit this teacher: {'; '.join(found)}. Pass the teacher that it was distilled from"
-            + (", or allow_changed=True if a stage trained these too" if problems["not the teacher's"] else "")
+            + (
+                ", or allow_changed=True (--allow-changed) if a stage trained these too"
+                if problems["not the teacher's"]
+                else ""
+            )
         )
     return student
 

@@ -14,11 +14,11 @@ from PIL import Image
 from distill.__main__ import main
 from distill.base import load_base
 from distill.convert import make_student
-from distill.data.batches import Batch, Rows
+from distill.data.batches import Batch, Rows, pixel_values, stack
 from distill.data.sample import Sample
 from distill.data.sample import held_out as held_out_by_hash
 from distill.data.text import HELD_OUT_PERCENT, Conversations
-from distill.evaluate import exact_matches, held_out_questions, judge
+from distill.evaluate import SURE_LOGITS, _bf16_is_faster, _leads, exact_matches, held_out_questions, judge
 from distill.failures import failures_table, write_failures
 from distill.nano import new_teacher
 from distill.replies import greedy_replies
@@ -134,12 +134,19 @@ def test_scores_and_failures(tokenizer: Tokenizer, teacher_dir: Path, monkeypatc
     assert all(f.reply for f in failures)
     assert not readings
 
-    replies = iter([asked["shapes_count"][0].answer.upper().rstrip("."), "Who knows?", *["?"] * 6])
-    monkeypatch.setattr("distill.scores.greedy_replies", lambda m, t, asked: [next(replies) for _ in asked])
+    first, second = asked["shapes_count"][:2]
+    known = {first.question: first.answer.upper().rstrip("."), second.question: "Who knows?"}
+    decoded: list[str] = []
+
+    def replies(model: MMMamba, tokenizer: Tokenizer, asked: list[tuple[Image.Image, str]]) -> list[str]:
+        decoded.extend(question for _, question in asked)
+        return [known.get(question, "?") for _, question in asked]
+
+    monkeypatch.setattr("distill.scores.greedy_replies", replies)
     scores, failures, _ = score(model, rows, asked.items(), decode=True, failure_count=1)
     assert scores == {"shapes_count": TaskScore(5, 0, 1, 0), "shapes_color": TaskScore(3, 0, 0, 0)}
     assert [f.reply for f in failures] == ["Who knows?", "?"]
-    assert next(replies, None) is None, "not every wrong reply was decoded"
+    assert sorted(decoded) == sorted(q.question for of_one in asked.values() for q in of_one), "not each once"
 
 
 def test_questions_read_together_are_judged_as_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +164,59 @@ def test_questions_read_together_are_judged_as_alone(tokenizer: Tokenizer, monke
 
     monkeypatch.setattr("distill.evaluate.exact_matches", noted)
     monkeypatch.setattr("distill.evaluate.CPU_ROWS", 4)
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: False)
     together = judge(model, rows, "mixed", asked)
     assert sizes == [4, 2]
     assert together[3] is None
     assert {True, False} <= set(together)
     assert together == judge(model, rows, "mixed", asked, batch_size=1)
+    # With bf16 products first, float32 has little left to say, and the verdicts are the same.
+    sizes.clear()
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: True)
+    assert together == judge(model, rows, "mixed", asked)
+    assert sum(sizes) < 6
+
+
+def test_what_bf16_cannot_decide_float32_does(
+    tokenizer: Tokenizer, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(teacher_dir)
+    rows = Rows(tokenizer, model.config, "image", seqlen=96)
+    asked = [q._replace(question=f"How many?{' Look!' * i}") for i, q in enumerate(held_out("shapes_count", 5))]
+    leads = torch.tensor([SURE_LOGITS, -SURE_LOGITS, SURE_LOGITS - 0.1, 0.1 - SURE_LOGITS, 0.0])
+    lengths = []
+
+    def exact(model: MMMamba, batch: Batch) -> torch.Tensor:
+        lengths.extend(batch.loss_mask.int().argmax(dim=1).tolist())
+        return torch.tensor([False, True, True])
+
+    monkeypatch.setattr("distill.evaluate._bf16_is_faster", lambda model: True)
+    monkeypatch.setattr("distill.evaluate._leads", lambda model, batch, narrow: leads)
+    monkeypatch.setattr("distill.evaluate.exact_matches", exact)
+    assert judge(model, rows, "shapes_count", asked) == [True, False, False, True, True]
+    assert len(lengths) == 3
+    assert lengths == sorted(lengths), "the longest three were read again"
+    # Models on a GPU or in bf16 are judged once.
+    monkeypatch.undo()
+    assert not _bf16_is_faster(load_model(teacher_dir, dtype=torch.bfloat16))
+
+
+def test_a_lead_is_that_of_the_weakest_token(tokenizer: Tokenizer, teacher_dir: Path) -> None:
+    model = load_model(teacher_dir)
+    rows = Rows(tokenizer, model.config, "image", seqlen=96)
+    made = [rows.row(Sample(q.image, ((q.question, q.answer),), "t")) for q in held_out("shapes_describe", 3)]
+    batch = stack([row for row in made if row is not None])
+    with torch.no_grad():
+        logits = model(batch.input_ids, pixel_values(batch.pixels)).double()
+    wanted = []
+    for row, (ids, mask) in enumerate(zip(batch.input_ids, batch.loss_mask, strict=True)):
+        of_row = []
+        for at in mask.nonzero()[:, 0].tolist():
+            own, others = logits[row, at - 1, ids[at]], logits[row, at - 1].clone()
+            others[ids[at]] = -torch.inf
+            of_row.append(float(own - others.max()))
+        wanted.append(min(of_row))
+    assert _leads(model, batch, narrow=False).tolist() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_replies_are_decoded_once_and_together(
@@ -188,13 +243,18 @@ def test_replies_are_decoded_once_and_together(
     questions = {task: [q.question for q in of_one] for task, of_one in asked.items()}
 
     scores, _, readings = score(model, rows, asked.items(), decode=True, readings=True)
-    assert calls == [[*questions["shapes_exist"][1::2], *questions["printed_text"][1:3]]]
+    (call,) = calls
+    assert sorted(call) == sorted([*questions["shapes_exist"][1::2], *questions["printed_text"][1:3]])
+    lengths = [len(tokenizer.encode(question)) for question in call]
+    assert lengths == sorted(lengths), "of one length one after the other"
     assert readings == wanted
     assert scores["printed_text"] == TaskScore(3, 2, 2, 1)
     assert scores["shapes_exist"] == TaskScore(4, 2, 2, 0)
     calls.clear()
     assert score(model, rows, asked.items(), readings=True).readings == wanted
-    assert calls == [questions["printed_text"][1:3]], "no other replies were asked for"
+    assert [sorted(call) for call in calls] == [sorted(questions["printed_text"][1:3])], (
+        "no other replies were asked for"
+    )
     calls.clear()
     failures = score(model, rows, asked.items(), failure_count=1).failures
     assert [f.task for f in failures] == ["shapes_exist", "printed_text"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.__main__ import cli
 from distill.convert import SplitProjection, fused_copy
 from distill.export import export_student
 from distill.upstream import load_upstream_student
@@ -108,6 +109,30 @@ def test_what_the_reference_trained_is_read_and_exported(folder: str, number: in
             want = stored[name]
         assert torch.equal(tensor, want), name
     assert torch.equal(logits(load_model(out), folder), logits(student, folder))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_command_reads_what_the_reference_trained(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = GOLDEN / folder / "hovle"
+    command = ["distill", "export", "--teacher", str(teacher), "--out", str(tmp_path / "out"), "--from-upstream"]
+    monkeypatch.setattr("sys.argv", [*command, str(unfused(folder))])
+    assert cli() == 0
+    assert "export: linear student of " in capsys.readouterr().out
+    student = load_upstream_student(teacher_of(folder), unfused(folder))
+    assert torch.equal(logits(load_model(tmp_path / "out"), folder), logits(student, folder))
+
+    stored = load_file(unfused(folder))
+    stored["language_model.model.norm.weight"] = stored["language_model.model.norm.weight"] + 0.5
+    save_file(stored, tmp_path / "all.safetensors")
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "all.safetensors")])
+    assert cli() == 1
+    assert "1 tensors not the teacher's: language.norm.weight" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "all.safetensors"), "--allow-changed"])
+    assert cli() == 0
+    changed = load_model(tmp_path / "out").language.norm.weight
+    assert torch.equal(changed, stored["language_model.model.norm.weight"])
 
 
 def test_what_is_frozen_is_the_teachers() -> None:

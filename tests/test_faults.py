@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.__main__ import main
 from distill.checkpoints import Checkpoint, Checkpoints, rng_state, set_rng_state, write_whole
 from distill.config import StageConfig
 from distill.data.batches import Batch
+from distill.export import export_student
 from distill.faults import Interrupted, Interrupts
 from distill.inputs import Inputs, prepare
 from distill.kept import Kept, mixers
@@ -30,6 +32,7 @@ from distill.stages import LayerStage, LogitsStage
 from distill.trained import check_trained, trained_table
 from distill.trainer import ONE_PROCESS, train
 from mmmamba.model import Block
+from tests.helpers import GOLDEN
 from tests.test_trainer import Slope
 from tests.training import batch, batches, run_step, student_of, student_stage, teacher_of
 
@@ -158,6 +161,17 @@ def test_a_run_goes_on_when_a_save_fails(tmp_path: Path, capsys: pytest.CaptureF
     stopping = Stopping(3, a__weight=(2, 2))
     with pytest.raises(OSError, match="No space left"):
         train("t", stopping, CONFIG, batches("image"), None, tmp_path / "log", store=Full(tmp_path, {}))
+
+
+def test_models_on_a_full_disk_are_a_sentence(tmp_path: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students, teachers and bundles: the error of the library that writes them is no OSError."""
+    teacher = teacher_of("post")
+    with pytest.raises(OSError, match=r"student cannot be written \(.*too large.*make room and run the same command"):
+        export_student(student_of(teacher, "post"), tmp_path / "student")
+    monkeypatch.setattr("distill.__main__.storage_spec", lambda name, tensor: None)  # too narrow for nano's groups
+    with pytest.raises(OSError, match=r"bundle cannot be written \(.*too large"):
+        main(["bundle", str(tmp_path / "bundle"), f"teacher={GOLDEN / 'post' / 'hovle'}"])
+    assert not list(tmp_path.rglob("*.safetensors")), "half a model"
 
 
 def test_a_log_on_a_full_disk_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
