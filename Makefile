@@ -52,10 +52,11 @@ TRAIN = $(BIN)/accelerate launch $(if $(filter 1,$(GPUS)),,--multi_gpu) --num_ma
 WITH = --tokenizer checkpoints/nano --graph $(DATA) $(ARGS)
 
 checkpoints: $(VENV)/.installed-dev ## train nano again, from nothing, on GPUS=1 or more; goes on where it was stopped
-	@echo "43 minutes of training by the recipes' limits; loading, compiling and scoring come on top"
+	@echo "54 minutes of training by the recipes' limits; loading, compiling and scoring come on top"
 	$(TRAIN) teacher --recipe nano-look --out $(NANO)/look $(WITH)
 	$(TRAIN) teacher --recipe nano-read --resume $(NANO)/look --out $(NANO)/read $(WITH)
-	$(TRAIN) run --recipe nano-linear --resume $(NANO)/read --out $(NANO) $(WITH)
+	$(TRAIN) teacher --recipe nano-all --resume $(NANO)/read --out $(NANO)/all $(WITH)
+	$(TRAIN) run --recipe nano-linear --resume $(NANO)/all --out $(NANO) $(WITH)
 	$(TRAIN) run --recipe nano-hybrid --teacher $(NANO)/teacher --layers-from $(NANO) --out $(NANO)/hybrid $(WITH)
 	$(BIN)/python -m distill bundle checkpoints/nano teacher=$(NANO)/teacher linear=$(NANO) hybrid=$(NANO)/hybrid
 

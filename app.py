@@ -38,7 +38,7 @@ EPILOG = (
     "MMMAMBA_NO_TEACHER=1 that of --no-teacher, and so on; Spaces use them. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT "
     "serve for --host and --port too."
 )
-OLDER_NAMES = {"precision": ("dtype", "quantize")}  # of flags, and of variables that Spaces may have set
+OLDER_NAMES = {"precision": ("quantize", "dtype")}  # of flags, and of variables that Spaces may have set
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 

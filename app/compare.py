@@ -149,11 +149,11 @@ class Compare:
 
     def _answer(self, name: str, chat: Chat, request: Request, settings: Settings, cancel: threading.Event) -> None:
         try:
-            self._show(cancel, name, stage="loading")
+            self._show(cancel, name, stage="loading", note=self.engine.models.note(name))
             backend = self.engine.models.get(name)
             peak = backend.peak_memory()
             before = self.sides[name]
-            self._show(cancel, name, kind=backend.info.kind, precision=backend.info.precision, stage="reading")
+            self._show(cancel, name, kind=backend.info.kind, precision=backend.info.precision, stage="reading", note="")
             watch = Watch(time.perf_counter())
 
             def put(reply: Reply) -> None:

@@ -88,6 +88,16 @@ class Models(Status):
     def info(self) -> ModelInfo | None:
         return self.current.info if self.current else None
 
+    def note(self, model: str) -> str:
+        """What loading a model will take; nothing if it is loaded, or if that cannot be told.
+
+        Raises: EngineError if this device cannot run the precision.
+        """
+        if self._key(model, self.precision) in self._loaded:
+            return ""
+        need = self.need(model, self.precision)
+        return "" if need is None else str(need)
+
     def get(self, model: str | None = None, precision: Precision | None = None) -> Backend:
         """A model, loaded if it is not yet; the one that answers unless another is named.
 

@@ -49,8 +49,12 @@ def waiting(ahead: int, wait_s: float | None) -> str:
 
 
 def _card(side: Side) -> str:
-    stages = {"waiting": "Its turn comes next …", "loading": "Loading …", "reading": "Reading …"}
-    words = escape(side.text) or f"<i>{stages.get(side.stage, 'No answer.')}</i>"
+    stages = {
+        "waiting": "Its turn comes next …",
+        "loading": f"Loading: {side.note} …" if side.note else "Loading …",
+        "reading": "Reading …",
+    }
+    words = escape(side.text) or f"<i>{escape(stages.get(side.stage, 'No answer.'))}</i>"
     if side.stage == "failed":
         words = f'<span role="alert">{escape(side.note)}</span>'
     busy = "true" if side.stage in ("loading", "reading", "writing") else "false"

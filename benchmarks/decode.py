@@ -164,7 +164,7 @@ def measure(
                 device=machine.device_name(device),
                 date=datetime.now(UTC).strftime("%Y-%m-%d"),
             )
-            print(_row(record), flush=True)
+            print(row(record), flush=True)
             records.append(record)
     return records
 
@@ -207,7 +207,7 @@ def bill(side: Side, batch: int, bandwidth: float) -> str:
 _HEAD = ("context", "ms a token", "p20", "p80", "floor ms", "tokens/s", "state or cache MiB", "peak MiB")
 
 
-def _row(r: Record | None) -> str:
+def row(r: Record | None) -> str:
     """A line of the table of results, or its head."""
     if r is None:
         cells = list(_HEAD)
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{dtype}, batch {args.batch}")
         for side in sides:
             print(bill(side, args.batch, bandwidth))
-        print(_row(None))
+        print(row(None))
         records += measure(sides, tokens, args.contexts, args.steps, bandwidth, dtype, args.longest_cache)
         del sides, side
         gc.collect()  # the next dtype should find the memory as this one did

@@ -1,12 +1,14 @@
 """Where the time of a decoded token goes: each kind of launch alone, over the weights of all layers in turn, and the
-matrix-vector kernel over the shapes of its grid, and how much to ask for ahead. Used by `benchmarks.gpu_check`."""
+kernels of its products over the shapes of their grids. Used by `benchmarks.gpu_check`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
+import triton
 
 from benchmarks import full_size, report
 from benchmarks.decode_cuda import state_at, step_times_ms
@@ -14,6 +16,7 @@ from benchmarks.full_size import SCHEMES, Scheme, config_of, free_memory
 from mmmamba.decoder.layers import MambaLayer, ModelLayers, gather
 from mmmamba.decoder.session import Binding
 from mmmamba.decoder.workspace import Workspace, phases_of
+from mmmamba.kernels.gemm import GemmShape, gemm_shape, product
 from mmmamba.kernels.gemv import project
 from mmmamba.kernels.launch import GemvShape, gemv_shape
 from mmmamba.kernels.sampler import DrawKind, draw_tokens
@@ -25,14 +28,14 @@ REPLAYS = 30
 
 
 class Parts:
-    """The launches of one token of a linear model at batch 1, by kind."""
+    """The launches of one token of a linear model, by kind."""
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, rows: int = 1) -> None:
         self.device = torch.device("cuda")
         model = full_size.random_model(config_of("linear"), self.device, scheme)
         self.layers: ModelLayers = gather(model)
-        self.space = Workspace(self.layers, 1, self.device)
-        self.state = state_at(model, 1, 1000, room=0)
+        self.space = Workspace(self.layers, rows, self.device)
+        self.state = state_at(model, rows, 1000, room=0)
         Binding(self.space, [self.state]).make_room()
         self.space.draws.alive.fill_(1)
         for t in (self.space.x, self.space.y, *self.space.u.values(), *self.space.h.values()):
@@ -105,6 +108,39 @@ class Parts:
             "token": (token, 1, whole, None),
         }
 
+    def products(self) -> dict[str, tuple[Callable[[GemmShape], None], int, Weight, int, GemmShape]]:
+        """Of many rows: name -> (what launches it for all layers, how often, a weight, its bytes, its shape now)."""
+        space, layers = self.space, self.mamba
+        pdl, one = space.pdl, layers[0]
+        u, h = space.u[one.in_proj.shape[0]], space.h[one.mlp.gate.shape[0]]
+        adding = {id(w): gemm_shape(w, self.device, split=True) for w in (one.out_proj, one.mlp.down)}
+
+        def in_proj(shape: GemmShape) -> None:
+            for i, layer in enumerate(layers):
+                rows: dict[str, Any] = {"mixer": layer.rows, "conv_table": space.tables[2 * i]}
+                product(space.normed, layer.in_proj, u, **rows, alive=space.draws.alive, shape=shape, pdl=pdl)
+
+        def out_proj(shape: GemmShape) -> None:
+            for layer in layers:
+                product(space.y, layer.out_proj, space.parts[shape.splits], shape=shape, pdl=pdl)
+
+        def gate_up(shape: GemmShape) -> None:
+            for layer in layers:
+                product(space.normed, layer.mlp.gate, h, gated=layer.mlp.up, shape=shape, pdl=pdl)
+
+        def down(shape: GemmShape) -> None:
+            for layer in layers:
+                product(h, layer.mlp.down, space.parts[shape.splits], shape=shape, pdl=pdl)
+
+        n, mlp = len(layers), one.mlp
+        pair = mlp.gate.nbytes + mlp.up.nbytes
+        return {
+            "gate_up": (gate_up, n, mlp.gate, pair, gemm_shape(mlp.gate, self.device, tiles=2)),
+            "down": (down, n, mlp.down, mlp.down.nbytes, adding[id(mlp.down)]),
+            "in_proj": (in_proj, n, one.in_proj, one.in_proj.nbytes, gemm_shape(one.in_proj, self.device)),
+            "out_proj": (out_proj, n, one.out_proj, one.out_proj.nbytes, adding[id(one.out_proj)]),
+        }
+
 
 def _mlp(layer: MambaLayer) -> tuple[Weight, ...]:
     return layer.mlp.gate, layer.mlp.up, layer.mlp.down
@@ -132,21 +168,6 @@ def parts(bandwidth: float) -> Iterator[dict[str, Any]]:
         free_memory()
 
 
-def ahead(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Times of a whole token for numbers of bytes that a launch asks for ahead."""
-    for scheme in SCHEMES:
-        timed = Parts(scheme)
-        launches, _, num_bytes, _ = timed.launches()["token"]
-        for mib in (0, 2, 4, 8, 12, 16, 24):
-            if enough():
-                return
-            timed.space.ahead_bytes = mib << 20
-            us = 1e3 * graph_ms(lambda f=launches: f(None))  # type: ignore[misc]
-            yield {"scheme": scheme, "ahead_mib": mib, "us": us, "share": 1e6 * num_bytes / bandwidth / us}
-        del timed
-        free_memory()
-
-
 def shapes(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Times of the products with other rows a program and other numbers of warps; ends when there is `enough`."""
     for scheme in SCHEMES:
@@ -166,5 +187,35 @@ def shapes(bandwidth: float, enough: Callable[[], bool]) -> Iterator[dict[str, A
                 share = 1e6 * num_bytes / bandwidth / us
                 tried = {"block_n": shape.block_n, "warps": shape.num_warps, "default": shape == default}
                 yield {"scheme": scheme, "part": name, **tried, "us": us, "share": share}
+        del timed
+        free_memory()
+
+
+def many_shapes(bandwidth: float, rows: int, enough: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """The same for products of many rows at once: other tiles, warps and tiles in flight."""
+    for scheme in reversed(SCHEMES):
+        timed = Parts(scheme, rows)
+        for name, (launches, count, weight, num_bytes, shape) in timed.products().items():
+            grouped = weight.kind != "dense" and weight.group_size != weight.shape[1]
+            blocks = ((32, 64), (64, 64), (64, 128), (32, 128)) if grouped else ((32, 128), (64, 64), (64, 128))
+            options = [(n, k, warps, 4) for n, k in blocks for warps in (4, 8)]
+            tried = [shape, *(GemmShape(n, k, shape.splits, warps, stages) for n, k, warps, stages in options)]
+            for candidate in dict.fromkeys(tried):
+                if enough():
+                    return
+                try:
+                    us = 1e3 * graph_ms(lambda f=launches, s=candidate: f(s)) / count  # type: ignore[misc]
+                except (RuntimeError, triton.runtime.errors.OutOfResources):  # more shared memory than there is
+                    continue
+                share = 1e6 * num_bytes / bandwidth / us
+                default = candidate == shape
+                yield {
+                    "scheme": scheme,
+                    "part": name,
+                    **asdict(candidate),
+                    "default": default,
+                    "us": us,
+                    "share": share,
+                }
         del timed
         free_memory()

@@ -10,9 +10,10 @@ Stages, in order; each writes to DIR/log.txt and DIR/results.jsonl as it goes, a
     tests    pytest on the kernels and the decoder, output in DIR/tests.txt
     prefill  times to read prompts (`benchmarks.prefill`), records in DIR/prefill.json
     parts    each launch of a token alone, beside its floor
-    ahead    a whole token over the bytes that a launch asks for ahead
     shapes   the matrix-vector kernel over rows a program and warps
+    many     the products of 64 rows over tiles, warps and tiles in flight
     profile  the kernels that a piece of a prompt spends its time in
+    warm     a new process up to its first token, kernels compiled before (`benchmarks.warm_up`)
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mmmamba.generate import prefill as read_prompt
 from mmmamba.model import MMMamba
 from mmmamba.sampling import SamplingParams
 
-STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "ahead", "shapes", "profile")
+STAGES = ("device", "agree", "decode", "tests", "prefill", "parts", "shapes", "many", "profile", "warm")
 TESTS = (
     "tests/test_kernels_decode.py",
     "tests/test_kernels_many.py",
@@ -254,11 +255,11 @@ def time_shapes(run: Run) -> None:
         run.keep("shapes", **result)
 
 
-def time_ahead(run: Run) -> None:
+def time_many(run: Run) -> None:
     from benchmarks import decode_parts
 
-    for result in decode_parts.ahead(run.bandwidth, enough=lambda: run.left() < 5):
-        run.keep("ahead", **result)
+    for result in decode_parts.many_shapes(run.bandwidth, rows=64, enough=lambda: run.left() < 5):
+        run.keep("many", **result)
 
 
 def profile_prefill(run: Run) -> None:
@@ -274,6 +275,15 @@ def profile_prefill(run: Run) -> None:
         table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60)
         with (run.out / "profile.txt").open("a", encoding="utf-8") as out:
             print(prompt.name, table, sep="\n", file=out)
+
+
+def time_warm_up(run: Run) -> None:
+    command = [sys.executable, "-m", "benchmarks.warm_up"]
+    for _ in range(2):  # the first one compiles what is not compiled yet
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(20, run.left()), check=True
+        )
+    run.keep("warm", **json.loads(done.stdout.splitlines()[-1]))
 
 
 def run_tests(run: Run) -> None:
@@ -300,9 +310,10 @@ _WORK: dict[str, Callable[[Run], None]] = {
     "tests": run_tests,
     "prefill": time_prefill,
     "parts": time_parts,
-    "ahead": time_ahead,
     "shapes": time_shapes,
+    "many": time_many,
     "profile": profile_prefill,
+    "warm": time_warm_up,
 }
 
 

@@ -14,7 +14,7 @@ from html import escape
 
 XY = tuple[float, float]
 WIDTH, HEIGHT = 560, 230  # pixels of a chart, and of what lies around its lines
-LEFT, RIGHT, TOP, BOTTOM = 62, 112, 30, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 126, 30, 38
 LABEL_HEIGHT = 32
 
 

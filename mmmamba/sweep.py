@@ -167,7 +167,8 @@ class Sweep:
         self._state = model.new_state()
         self._spent_s = 0.0
         self._pieces: list[tuple[int, float]] = []  # (context in the middle, seconds a token) of every piece read
-        facts = f"{weights} {model.dtype} {self._text.digest}"
+        held = model.dtype if model.scheme is None else f"{model.scheme} {model.dtype}"
+        facts = f"{weights} {held} {self._text.digest}"
         self._id = f"{model.config.fingerprint()}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     def run(self, cancel: threading.Event | None = None) -> Iterator[Event]:

@@ -15,10 +15,6 @@ import torch
 from tests.bundles import write_bundle
 from tests.reading import write_fonts, write_nlvr
 
-# Kernels run in Triton's interpreter where there is no GPU; it must be told before anything imports Triton.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fakes import FakeLoader
 
 from app.engine import Engine
 from app.ui import PageOptions, build, launch_options
+from tests.fakes import FakeLoader
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -13,7 +13,6 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
-from fakes import STATE_BYTES, FakeLoader
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, AuthenticationError
 
@@ -26,6 +25,7 @@ from app.likes import Likes
 from app.options import Options
 from app.ui import EXAMPLES, EXAMPLES_DIR, PageOptions, build, launch_options
 from quantize import SCHEMES
+from tests.fakes import STATE_BYTES, FakeLoader
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
@@ -309,6 +309,27 @@ def test_every_flag_has_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_schemes_are_those_of_the_quantizer() -> None:
     """Named again: flags are read before anything that imports torch."""
     assert tuple(SCHEMES) == precision.SCHEMES
+
+
+def test_older_names_of_the_precision_still_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces may have set them; a name that is no longer read would be ignored without a word."""
+    command = load_command()
+    assert command.read_args(["--quantize", "int8"]).precision == "int8"
+    monkeypatch.setenv("MMMAMBA_DTYPE", "float32")
+    assert command.read_args([]).precision == "float32"
+    monkeypatch.setenv("MMMAMBA_QUANTIZE", "int8")
+    assert command.read_args([]).precision == "int8"
+    monkeypatch.setenv("MMMAMBA_PRECISION", "bfloat16")
+    assert command.read_args([]).precision == "bfloat16"
+
+
+def test_a_precision_that_cannot_be_had_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.precision.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        load_command().read_args(["--precision", "bnb-nf4"])
+    assert "--precision bnb-nf4 needs the package bitsandbytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

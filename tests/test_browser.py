@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fakes import FakeLoader
 
 from app.engine import Engine
 from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
+from tests.fakes import FakeLoader
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -310,6 +310,9 @@ def test_nothing_overflows_and_every_control_has_a_name(browser: Browser, url: s
     page.click("#compare-shapes")
     page.wait_for_selector("#panel:has-text('The answers are equal.')")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#grow-start")
+    page.wait_for_selector("#growth .points tbody tr >> nth=1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the table of points widens the page"
     page.close()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import CACHE_BYTES_PER_WORD, PEAK_BYTES, STATE_BYTES, FakeLoader
 from PIL import Image
 
 from app.chat import Chat
@@ -21,6 +20,7 @@ from app.grow import Grow, Growth
 from app.sides import BUNDLED_DIR, KINDS, Sides, kind_of, known_models, sides_of
 from mmmamba import checkpoint
 from mmmamba.generate import decode_one_token
+from tests.fakes import CACHE_BYTES_PER_WORD, PEAK_BYTES, STATE_BYTES, FakeLoader
 
 NAMES = ("fake", "fake-teacher")
 

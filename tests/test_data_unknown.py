@@ -103,6 +103,15 @@ def test_unknown_things_are_not_named(icons, photos):
     assert {"A sunflower.", "A panda.", "A pizza."} & said, "names of taught classes stand beside"
 
 
+def test_scraps_of_photos_show_too_little(icons, photos):
+    """Small parts of photos of taught things: their name is no answer."""
+    source = Unknown(icons=icons, photos=photos)
+    for i in range(20):
+        sample = source._of_scrap(rng_for("scrap", i))
+        assert sample.image.size == (224, 224)
+        assert [answer for _, answer in sample.turns] == [NOT_SURE]
+
+
 def test_absent_shapes_are_absent():
     questions = set()
     for i in range(400):

@@ -13,7 +13,6 @@ DEVICE = require_triton()
 
 from mmmamba.decoder import AGREEMENT, check  # noqa: E402
 from mmmamba.decoder import workspace as workspaces  # noqa: E402
-from mmmamba.kernels.ahead import LINE, Ahead  # noqa: E402
 from mmmamba.kernels.gemv import project  # noqa: E402
 from mmmamba.model import MMMamba  # noqa: E402
 
@@ -57,17 +56,3 @@ def test_a_kernel_that_is_wrong_for_one_layer_is_seen(layer: int, monkeypatch: p
 
     monkeypatch.setattr(workspaces, "project", wrong)
     assert check.disagreement(model, overlap=False) > AGREEMENT[torch.float32]
-
-
-def test_what_is_asked_for_ahead() -> None:
-    first, second = torch.zeros(10, 100, dtype=torch.bfloat16), torch.zeros(999, dtype=torch.uint8)
-    given, other, start, share, stop = Ahead((first, second), 100, 5000).arguments(3)
-    assert given is first
-    assert other is second
-    assert (start, stop) == (0, 992), "whole lines, and units of 16 bytes that both tensors hold"
-    assert share % LINE == 0
-    assert 3 * share >= stop - start
-    assert Ahead((first,), 2048, 4096).arguments(4)[:3] == (None, None, 0), "nothing is left there"
-    assert Ahead((second[1:],), 0, 512).arguments(4)[0] is None, "addresses must be whole units"
-    with pytest.raises(ValueError, match="3 tensors are to be read ahead of; one or two can be"):
-        Ahead((first, second, first), 0, 128)

@@ -18,6 +18,7 @@ from mmmamba import decoder_cpu, load_model
 from mmmamba.decoder_cpu import Unsupported, cpu_decoder_for, make_cpu_decoder
 from mmmamba.generate import ModelInputs, SamplingParams, decode_one_token, prefill, sample
 from mmmamba.kernels import native
+from mmmamba.memory import peak_memory_bytes, reset_peak_memory
 from mmmamba.model import MMMamba
 from mmmamba.packing import PackedSpec, PackedWeight, pack
 from quantize import quantize_
@@ -96,6 +97,38 @@ def test_many_tokens(scheme: str | None, threads: int) -> None:
         compare(model, 512 if threads == 1 else 60, yardstick=torch.bfloat16 if scheme else None, tiles=1)
     finally:
         torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_4096_tokens(scheme: str | None) -> None:
+    """Of a model with one layer a stack: errors could only grow in the states."""
+    raw = linear_raw()
+    for name in ("embedding_config", "llm_config"):
+        raw[name] |= {"num_hidden_layers": 1, "layers_block_type": ["mamba2"]}
+    compare(small(raw, scheme), 4096, yardstick=torch.bfloat16 if scheme else None)
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets a process reset its peak")
+def test_a_thousand_conversations_leave_nothing() -> None:
+    model = small(linear_raw(), "int4")
+    ids = random_ids(tiny_raw(), [8], seed=1)
+
+    def talk(conversations: int) -> int:
+        """Bytes that the process holds afterwards."""
+        for _ in range(conversations):
+            state = model.new_state()
+            prefill(model, ModelInputs(ids), state)
+            for token in (3, 5):
+                decode_one_token(model, torch.tensor([token]), state)
+        reset_peak_memory(model.device)
+        return peak_memory_bytes(model.device)
+
+    before = talk(100)
+    grown = talk(1000) - before
+    assert grown < 100 * model.new_state().nbytes, "more than each tenth state was kept"
 
 
 @needs_library
@@ -229,10 +262,12 @@ CASES += [(33, 64, 8, 64), (50, 192, 8, 192), (100, 576, 8, 64), (31, 576, 8, 96
 
 
 @needs_library
-@pytest.mark.parametrize("flags", [(), ("-DMMMAMBA_PORTABLE",)], ids=["vectors", "portable"])
+@pytest.mark.parametrize(
+    "flags", [(), ("-DMMMAMBA_NO_AVX512",), ("-DMMMAMBA_PORTABLE",)], ids=["vectors", "short-vectors", "portable"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_with_packed_weights(case: tuple[int, int, int, int], flags: tuple[str, ...]) -> None:
-    """Both forms of the source, against float64; the exact product of what they round activations to is not far."""
+    """All forms of the source, against float64; the exact product of what they round activations to is not far."""
     lib = ctypes.CDLL(str(native.build(*flags)))
     lib.mmmamba_product.argtypes = LIB.mmmamba_product.argtypes
     lib.mmmamba_unpack.argtypes = LIB.mmmamba_unpack.argtypes

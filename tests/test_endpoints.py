@@ -10,7 +10,6 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from fakes import STATE_BYTES, FakeLoader
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -18,6 +17,7 @@ from app.engine import Engine, Limits
 from app.grow import CONTEXTS
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 from mmmamba.sweep import Point, to_csv
+from tests.fakes import STATE_BYTES, FakeLoader
 
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64, max_context=16_384, max_minutes=2)
 PYRAMID = str(EXAMPLES_DIR / "pyramid.jpg")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import STATE_BYTES, FakeLoader
 from PIL import Image
 
 from app.backend import MMMambaBackend, load_backend
@@ -23,6 +22,7 @@ from app.states import Budget, StateStore
 from mmmamba import load_model
 from mmmamba.place import default_dtype
 from mmmamba.tokenizer import StreamDecoder
+from tests.fakes import STATE_BYTES, FakeLoader
 
 GREEDY = Settings(greedy=True, max_new_tokens=12)
 

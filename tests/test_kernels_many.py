@@ -16,7 +16,7 @@ from tests.interpreter import INTERPRETED, require_triton
 
 DEVICE = require_triton()
 
-from mmmamba.kernels.gemm import gemm_shape, product  # noqa: E402
+from mmmamba.kernels.gemm import GemmShape, gemm_shape, product  # noqa: E402
 from mmmamba.kernels.gemv import MixerRows  # noqa: E402
 from mmmamba.kernels.launch import overlaps_launches  # noqa: E402
 from mmmamba.kernels.rows import finish  # noqa: E402
@@ -55,6 +55,17 @@ def test_products(shape: tuple[int, int], dtype: torch.dtype, kind: Kind, rows: 
     out = nan(rows, out_features, dtype=dtype)
     product(x_in, weight, out, gated=up, pdl=pdl)
     assert_near("swiglu", out.cpu(), F.silu(y) * (x.double() @ dense_up.T), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("block_k", [32, 64, 128])
+def test_steps_shorter_and_longer_than_a_group(block_k: int) -> None:
+    weight = make_weight("int4", 40, 192, torch.float32)  # groups of 64
+    x, out = draw(6, 192).float(), nan(6, 40, dtype=torch.float32)
+    product(x.to(DEVICE), weight, out, shape=GemmShape(16, block_k, 1, 4, 3))
+    want = x.double() @ weight.dequantize(torch.float64).cpu().T
+    assert_near("plain", out.cpu(), want, TOLERANCE[torch.float32])
+    with pytest.raises(ValueError, match="block_k=48 and group_size=64: one must divide the other"):
+        product(x.to(DEVICE), weight, out, shape=GemmShape(16, 48, 1, 4, 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from fakes import FakeLoader
 from openai import OpenAI
 from PIL import Image
 
 from app.engine import Engine, EngineError, Limits
 from app.openai_request import read_request
 from app.ui import PageOptions, build, launch_options
+from tests.fakes import FakeLoader
 
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
 USER = [{"role": "user", "content": "what is this"}]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeLoader
 
 from app import precision
 from app.backend import MMMambaBackend, load_backend
@@ -26,6 +25,7 @@ from mmmamba.cost import weight_bytes
 from mmmamba.place import default_dtype
 from quantize import save_quantized
 from quantize.ahead import kept_by, loaded_bytes, stored_scheme
+from tests.fakes import FakeLoader
 
 CPU = torch.device("cpu")
 DTYPE = str(default_dtype(CPU)).removeprefix("torch.")

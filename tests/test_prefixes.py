@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import FakeLoader
 
 from app import prefixes as module
 from app.chat import Chat
 from app.engine import Engine
 from app.openai_request import Said
 from app.prefixes import Prefixes
+from tests.fakes import FakeLoader
 
 
 def engine_of() -> tuple[Engine, Prefixes]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeLoader
 from PIL import Image
 
 from app import saving
 from app.chat import Chat
 from app.engine import Engine, EngineError, Settings
 from app.settings import Limits
+from tests.fakes import FakeLoader
 
 SETTINGS = {"temperature": 0.5, "system": None}
 

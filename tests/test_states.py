@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import STATE_BYTES, FakeMover, FakeState
 
 from app.backend import StateMover
 from app.states import Budget, Kept, StateStore
 from mmmamba import ModelInputs, prefill
+from tests.fakes import STATE_BYTES, FakeMover, FakeState
 from tests.helpers import golden_model
 
 

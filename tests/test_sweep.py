@@ -180,6 +180,9 @@ def test_command_end_to_end(
     assert len((tmp_path / "csv").read_text().splitlines()) == 5
     assert command.main([*flags, *files]) == 0
     assert len(json.loads((tmp_path / "out").read_text())) == 4, "a second run replaces the first"
+    assert command.main([*flags, *files, "--quantize", "int8"]) == 0
+    held = [record["quantize"] for record in json.loads((tmp_path / "out").read_text())]
+    assert held == [None] * 4 + ["int8"] * 4, "another precision is another question"
 
 
 def test_default_contexts_reach_what_is_claimed() -> None:

@@ -4,7 +4,8 @@ Three kinds of samples, each beside the others so that neither "I can't tell" no
 * a scene of shapes with questions it cannot answer ("Who drew this?") or that ask for what is not there ("What color is
   the star?"), among questions it can answer;
 * an icon of a thing that is never taught, with an answer that stays general ("It is some kind of animal.");
-* a photo of a class that is never taught, likewise; and photos of taught classes with questions they cannot answer.
+* a photo of a class that is never taught, likewise; a small part of a photo, too little to tell what it shows; and
+  photos of taught classes with questions they cannot answer.
 
 Which things are never taught, and which of them only evaluation shows: see `distill.data.unseen`.
 """
@@ -27,6 +28,7 @@ from distill.data.shapes import QUESTIONS
 from distill.data.unseen import part_of
 
 _SIZE_PX = 224
+_SCRAP_SIDE = (0.12, 0.25)  # of a photo's shorter side
 NOT_SURE = "I am not sure what this is."
 
 # Asked of any picture, and answered by none. The answers say what is missing.
@@ -116,8 +118,9 @@ class Unknown:
 
     def sample(self, seed: int, index: int, attempt: int = 0) -> Sample:
         rng = rng_for(self.name, self.split, seed, index, attempt)
-        makes = [self._of_shapes, self._of_icon, self._of_photo, self._of_taught_photo]
-        weights = (4.0, 3.0 * bool(self.icons), 3.0 * bool(self.photos), 1.5 * bool(self.taught_photos))
+        makes = [self._of_shapes, self._of_icon, self._of_photo, self._of_scrap, self._of_taught_photo]
+        taught = bool(self.taught_photos)
+        weights = (3.0, 3.5 * bool(self.icons), 4.0 * bool(self.photos), 1.5 * taught, 1.0 * taught)
         return rng.choices(makes, weights)[0](rng)
 
     def _of_shapes(self, rng: random.Random) -> Sample:
@@ -142,6 +145,14 @@ class Unknown:
     def _of_photo(self, rng: random.Random) -> Sample:
         photo = rng.choice(self.photos)
         return self._sample(self._draw(photo, rng), [unseen_photo_turn(photo, rng)], rng)
+
+    def _of_scrap(self, rng: random.Random) -> Sample:
+        """Few classes are never taught, and can be learned by heart; of what is too little to tell there is no end."""
+        image = rng.choice(self.taught_photos).open()
+        side = max(8, round(rng.uniform(*_SCRAP_SIDE) * min(image.size)))
+        left, top = (rng.randint(0, length - side) for length in image.size)
+        scrap = squash(image.crop((left, top, left + side, top + side)), _SIZE_PX)
+        return self._sample(scrap, [(rng.choice(LABEL_QUESTIONS), NOT_SURE)], rng)
 
     def _of_taught_photo(self, rng: random.Random) -> Sample:
         photo = rng.choice(self.taught_photos)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mmmamba.decoder.layers import AttentionLayer, MambaLayer, ModelLayers, Norm, StackLayers
-from mmmamba.kernels.ahead import Ahead
 from mmmamba.kernels.gemm import gemm_shape, product
 from mmmamba.kernels.gemv import project
 from mmmamba.kernels.launch import next_power_of_2, overlaps_launches
@@ -24,7 +23,6 @@ from mmmamba.kernels.weights import PHASES, Weight
 
 FEW_ROWS = 4  # up to here each row is a product of its own over weights in registers; above, tensor cores
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-AHEAD_BYTES = 8 << 20  # that a launch asks for of what the next ones read: a part of L2, which holds tens of MB
 TURNS_CAPACITY = 4096  # positions that rotary tables of unrotated keys hold at first
 
 
@@ -40,19 +38,10 @@ class Workspace:
     and values and the capacity of their cache.
     """
 
-    def __init__(
-        self,
-        model: ModelLayers,
-        rows: int,
-        device: torch.device,
-        *,
-        overlap: bool = True,
-        ahead_bytes: int = AHEAD_BYTES,
-    ) -> None:
+    def __init__(self, model: ModelLayers, rows: int, device: torch.device, *, overlap: bool = True) -> None:
         self.model, self.rows, self.device = model, rows, device
         self.few = rows <= FEW_ROWS
         self.pdl = overlap and overlaps_launches(device)
-        self.ahead_bytes = ahead_bytes if self.pdl else 0
         self.draws = Draws.allocate(rows, model.vocab_size, device)
         self.tables = torch.zeros(num_entries(model), rows, dtype=torch.int64, device=device)
 
@@ -150,11 +139,9 @@ class Workspace:
         x, y, alive = self.x, self.y, self.draws.alive
         embed(self.draws.token, model.text, model.special, x, phases=phases, pdl=pdl)
         entry = 0
-        inputs = iter([*(layer.in_proj for layer in model.layers[1:]), model.head])  # what follows each layer
         for i, stack in enumerate(model.stacks):
             self._fill_turns(i)
             for layer in stack.layers:
-                mlp = layer.mlp
                 norm: dict[str, Any] = {
                     "norm": layer.norm.phased,
                     "eps": layer.norm.eps,
@@ -164,18 +151,17 @@ class Workspace:
                 u = self.u[layer.in_proj.shape[0]]
                 y_phases = phases_of(layer.out_proj)
                 if isinstance(layer, MambaLayer):
-                    norm |= {"mixer": layer.rows, "conv_table": self.tables[entry], "alive": alive}
-                # The memory works least while states move, next to least during the output projection: the MLP's
-                # weights, more than L2 holds, are asked for there, a part by each.
-                wide = mlp.gate, mlp.up
-                project(x, layer.in_proj, u, **norm, ahead=self._ahead(layer.out_proj))
-                entry = self._mix(i, layer, u, entry, y_phases, ahead=self._ahead(*wide))
-                adding: dict[str, Any] = {"residual": True, "out_phases": phases, "pdl": pdl}
-                project(y, layer.out_proj, x, x_phases=y_phases, **adding, ahead=self._ahead(*wide, part=1))
+                    rows: dict[str, Any] = {"mixer": layer.rows, "conv_table": self.tables[entry], "alive": alive}
+                    project(x, layer.in_proj, u, **norm, **rows)
+                else:
+                    project(x, layer.in_proj, u, **norm)
+                entry = self._mix(i, layer, u, entry, y_phases)
+                project(y, layer.out_proj, x, residual=True, x_phases=y_phases, out_phases=phases, pdl=pdl)
+                mlp = layer.mlp
                 h, h_phases = self.h[mlp.gate.shape[0]], phases_of(mlp.down)
-                given: dict[str, Any] = {"norm": mlp.norm.phased, "eps": mlp.norm.eps, "x_phases": phases, "pdl": pdl}
-                project(x, mlp.gate, h, gated=mlp.up, out_phases=h_phases, **given, ahead=self._ahead(mlp.down))
-                project(h, mlp.down, x, x_phases=h_phases, **adding, ahead=self._ahead(next(inputs)))
+                norm |= {"norm": mlp.norm.phased, "eps": mlp.norm.eps}
+                project(x, mlp.gate, h, gated=mlp.up, out_phases=h_phases, **norm)
+                project(h, mlp.down, x, residual=True, x_phases=h_phases, out_phases=phases, pdl=pdl)
             if stack.unit:
                 finish(x, unit=True, pdl=pdl)
         last: dict[str, Any] = {"norm": model.norm.phased, "eps": model.norm.eps}
@@ -198,7 +184,7 @@ class Workspace:
                     product(normed, layer.in_proj, u, mixer=layer.rows, conv_table=table, alive=alive, pdl=pdl)
                 else:
                     product(normed, layer.in_proj, u, pdl=pdl)
-                entry = self._mix(i, layer, u, entry, 1, ahead=None)
+                entry = self._mix(i, layer, u, entry, 1)
                 self._add(y, layer.out_proj, unit=False, norm=norms[at])
                 mlp = layer.mlp
                 h = self.h[mlp.gate.shape[0]]
@@ -219,29 +205,12 @@ class Workspace:
         if turns is not None:
             fill_turns(turns, self.draws.seqlens[stack], pdl=self.pdl)
 
-    def _ahead(self, *weights: Weight, part: int = 0) -> Ahead | None:
-        """The bytes of a part, counted from 0, of weights that a later launch reads together."""
-        if not self.ahead_bytes:
-            return None
-        share = self.ahead_bytes // len(weights)
-        return Ahead(tuple(weight.data for weight in weights), part * share, (part + 1) * share)
-
-    def _mix(
-        self,
-        stack: int,
-        layer: MambaLayer | AttentionLayer,
-        u: Tensor,
-        entry: int,
-        y_phases: int,
-        *,
-        ahead: Ahead | None,
-    ) -> int:
+    def _mix(self, stack: int, layer: MambaLayer | AttentionLayer, u: Tensor, entry: int, y_phases: int) -> int:
         """From projected rows to those before the output projection; returns the next layer's entry in the tables."""
         alive = self.draws.alive
         common: dict[str, Any] = {"num_kv_heads": layer.num_kv_heads, "out_phases": y_phases, "pdl": self.pdl}
         if isinstance(layer, MambaLayer):
-            table = self.tables[entry + 1]
-            step(u, layer.A, layer.gate_norm, table, alive, self.y, eps=layer.eps, ahead=ahead, **common)
+            step(u, layer.A, layer.gate_norm, self.tables[entry + 1], alive, self.y, eps=layer.eps, **common)
             return entry + 2
         turns, partial = self.turns[stack], self.partial[stack]
         assert turns is not None and partial is not None  # noqa: PT018 (for the type checker)

@@ -40,7 +40,6 @@ def gemm_shape(weight: Weight, device: torch.device, *, split: bool = False, til
     rows, columns = weight.shape
     programs = multiprocessors(device)
     block_n = 64 if tiles == 1 else 32
-    # Groups are at least as long as a step, so that a step meets one scale a row.
     grouped = weight.kind != "dense" and weight.group_size != columns
     block_k = min(weight.group_size, 128) if grouped else 64 if weight.kind == "int4" else 128
     block_k = max(16, min(block_k, next_power_of_2(columns)))
@@ -69,8 +68,17 @@ def _tile(
         q = tl.load(w + n[:, None] * K + k[None, :], n_ok[:, None] & (k < K)[None, :], other=0)
     if BITS == 16 or GROUP == K:
         return q.to(kind)
+    elif BLOCK_K > GROUP:
+        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        g = k0 // GROUP + tl.arange(0, GROUPS)
+        place = n[:, None] * (K // GROUP) + g[None, :]
+        inside = n_ok[:, None] & (g < K // GROUP)[None, :]
+        scale = tl.load(scales + place, inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + place, inside, other=0.0).to(tl.float32)
+        grouped = tl.reshape(q, [BLOCK_N, GROUPS, GROUP]).to(tl.float32)
+        return tl.reshape(grouped * scale[:, :, None] + zero[:, :, None], [BLOCK_N, BLOCK_K]).to(kind)
     else:
-        # Groups are at least as long as a step, so a step meets one scale a row.
+        # A step meets one scale a row.
         place = n * (K // GROUP) + k0 // GROUP
         inside = n_ok & (k0 < K)  # parts of K may end behind it
         scale = tl.load(scales + place, inside, other=0.0).to(tl.float32)
@@ -160,8 +168,9 @@ def product(
     splits = out.shape[0] if parts else 1
     if x.shape[1] != columns or out.shape[-2:] != (x.shape[0], rows):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of shape {weight.shape}")
-    if weight.kind != "dense" and weight.group_size != columns and weight.group_size % shape.block_k:
-        raise ValueError(f"block_k={shape.block_k} does not divide group_size={weight.group_size}")
+    group = weight.group_size
+    if weight.kind != "dense" and group != columns and group % shape.block_k and shape.block_k % group:
+        raise ValueError(f"block_k={shape.block_k} and group_size={group}: one must divide the other")
     gemm[(-(-rows // shape.block_n), splits)](
         x,
         weight.data,

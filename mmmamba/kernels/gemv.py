@@ -9,8 +9,7 @@
                           the convolution's state moves on
 
 One program owns BLOCK_N rows of W over the whole of K: it starts the loads of all its weights at once (BLOCK_N * K
-numbers, 16 to 32 KB, 16 bytes a load), asks for a share of what the next launches read (`ahead.py`), only then waits
-for the kernel before it, reads x (from L2 for the first program
+numbers, 16 to 32 KB, 16 bytes a load), only then waits for the kernel before it, reads x (from L2 for the first program
 of a multiprocessor, from L1 for the others), and ends in one reduction over its threads. No sum crosses programs, so
 results do not depend on the order in which they run, and each row of x is a computation of its own.
 Bytes to move: W once, `Weight.nbytes`; x, norm and out are small beside it.
@@ -32,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.kernels.ahead import NOTHING, Ahead, fetch_ahead
 from mmmamba.kernels.launch import GemvShape, gemv_shape
 from mmmamba.kernels.weights import Weight
 
@@ -178,7 +176,6 @@ def mixer_rows(u, prev, n, tap0, tap1, bias, step_bias, CONV: tl.constexpr, GATE
 def gemv(
     x, norm, w, scales, zeros, w2, scales2, zeros2, out,
     conv_weight, conv_bias, dt_bias, conv_table, alive,
-    ahead, ahead2, ahead_start, ahead_share, ahead_stop,
     N, eps, magic,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     X_PHASES: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_PHASES: tl.constexpr,
@@ -208,10 +205,6 @@ def gemv(
         zero2 = _of_groups(zeros2, n_wide, n_ok, K, BITS, GROUP, WORDS, BLOCK_W)
     if EPILOGUE == "mixer":
         tap0, tap1, bias, step_bias = mixer_numbers(n, conv_weight, conv_bias, dt_bias, n_ok, CONV, GATE)
-    if ahead is not None:
-        fetch_ahead(ahead, ahead_start, ahead_share, ahead_stop)
-    if ahead2 is not None:
-        fetch_ahead(ahead2, ahead_start, ahead_share, ahead_stop)
     if PDL:
         gdc_wait()
     for row in tl.static_range(ROWS):
@@ -272,7 +265,6 @@ def project(
     out_phases: int = 1,
     shape: GemvShape | None = None,
     pdl: bool = False,
-    ahead: Ahead | None = None,
 ) -> None:
     """Write W x, with prologue and epilogue as the module says, into `out`.
 
@@ -283,7 +275,6 @@ def project(
         mixer, conv_table, alive: the mixer's epilogue; `conv_table` (rows or more,) int64 addresses of convolution
             states (conv_dim, 1), moved on where `alive` (rows,) int32 is not 0.
         pdl: start before the kernel ahead has ended, and let the next one do so.
-        ahead: what to bring into L2 meanwhile, on cards that can (those with `pdl`).
     Changes: `out`, and the states at `conv_table`.
     """
     rows, columns = weight.shape
@@ -292,8 +283,7 @@ def project(
     shape = shape or gemv_shape(weight, x.device, tiles=2 if gated else 1)
     epilogue = "swiglu" if gated else "residual" if residual else "mixer" if mixer else "plain"
     second = gated or weight
-    programs = -(-rows // shape.block_n)
-    gemv[(programs,)](
+    gemv[(-(-rows // shape.block_n),)](
         x,
         norm,
         words_of(weight),
@@ -308,7 +298,6 @@ def project(
         mixer.dt_bias if mixer else None,
         conv_table,
         alive,
-        *(ahead.arguments(programs) if ahead else NOTHING),
         rows,
         eps,
         MAGIC,

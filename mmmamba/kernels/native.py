@@ -23,7 +23,7 @@ from torch import Tensor
 from mmmamba.packing import PackedSpec, PackedWeight
 
 SOURCE = Path(__file__).parent / "csrc" / "decode_cpu.c"
-INCLUDED = [SOURCE.with_name(name) for name in ("numbers.h", "product.h", "team.h")]
+INCLUDED = [SOURCE.with_name(name) for name in ("avx512.h", "numbers.h", "product.h", "team.h")]
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 COMPILERS = ("cc", "gcc", "clang")

@@ -14,15 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.kernels.ahead import NOTHING, Ahead, fetch_ahead
 from mmmamba.kernels.gemv import phase_index
 from mmmamba.kernels.launch import multiprocessors, next_power_of_2
 
 
 @triton.jit
 def ssm_step(
-    u, A, norm, state_table, alive, out,
-    ahead, ahead2, ahead_start, ahead_share, ahead_stop, eps, U_STRIDE,
+    u, A, norm, state_table, alive, out, eps, U_STRIDE,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, OUT_PHASES: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,10 +41,6 @@ def ssm_step(
     if EARLY:  # as in `gemv`: what no kernel writes is read before the wait
         decay = tl.load(A + head)
         weight = tl.load(norm + i, ok, other=0.0).to(tl.float32)
-    if ahead is not None:
-        fetch_ahead(ahead, ahead_start, ahead_share, ahead_stop)
-    if ahead2 is not None:
-        fetch_ahead(ahead2, ahead_start, ahead_share, ahead_stop)
     if PDL:
         gdc_wait()
         # Only now: what starts before this point may read a state, and must find all that was written to it before.
@@ -85,7 +79,6 @@ def step(
     eps: float,
     out_phases: int = 1,
     pdl: bool = False,
-    ahead: Ahead | None = None,
 ) -> None:
     """Advance the states of all rows by one token.
 
@@ -95,7 +88,7 @@ def step(
         state_table: (rows or more,) int64, addresses of float32 states (num_heads, head_dim, head_dim).
         alive: (rows,) int32; states of rows where it is 0 stay as they are.
         out: (rows, num_heads * head_dim), written in `out_phases`.
-        pdl, ahead: as `gemv.project` takes them.
+        pdl: as `gemv.project` takes it.
     Changes: `out` and the states.
     """
     rows, heads, dim = u.shape[0], A.shape[0], norm.shape[0]
@@ -111,7 +104,6 @@ def step(
         state_table,
         alive,
         out,
-        *(ahead.arguments(rows * heads) if ahead else NOTHING),
         eps,
         u.stride(0),
         HEADS=heads,

@@ -12,6 +12,13 @@
 #define USE_AVX2 0
 #endif
 
+#if USE_AVX2 && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__) && !defined(MMMAMBA_NO_AVX512)
+#define USE_AVX512 1
+#else
+#define USE_AVX512 0
+#endif
+
 static inline float half_to_float(uint16_t h) {
 #if USE_AVX2
     return _cvtsh_ss(h);

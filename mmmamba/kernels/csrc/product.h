@@ -37,41 +37,53 @@ typedef struct {
 
 static int block_of(const Linear *m) { return m->group == m->cols ? UNIT : m->group; }
 
+#if USE_AVX512
+#include "avx512.h"
+#else
+/* Largest magnitude of n floats, n a multiple of 32. */
+static inline float largest(const float *x, int n) {
+    float top[8] = {0}, most = 0;
+    for (int i = 0; i < n; i += 8)
+        for (int j = 0; j < 8; j++) {
+            float v = fabsf(x[i + j]);
+            top[j] = v > top[j] ? v : top[j];
+        }
+    for (int j = 0; j < 8; j++) most = top[j] > most ? top[j] : most;
+    return most;
+}
+
+/* Rounds x times `inverse`, n floats from column `at` on, into `q`, where the row's begin; returns their sum. */
+static inline int32_t round_block(const Linear *m, const float *x, float inverse, int at, int n, int16_t *q) {
+    int32_t rounded[32], sum = 0;
+    for (int end = at + n; at < end; at += 32, x += 32) {
+        for (int i = 0; i < 32; i++) {
+            float r = x[i] * inverse + 12582912.f;
+            int32_t bits;
+            memcpy(&bits, &r, 4);
+            rounded[i] = bits - 0x4b400000;
+            sum += rounded[i];
+        }
+        if (m->kind == BITS4) {
+            int16_t *to = q + at / UNIT * UNIT + at % UNIT / 4;
+            for (int k = 0; k < 4; k++)
+                for (int i = 0; i < 8; i++) to[16 * k + i] = (int16_t)rounded[4 * i + k];
+        } else {
+            for (int i = 0; i < 32; i++) q[at + i] = (int16_t)rounded[i];
+        }
+    }
+    return sum;
+}
+#endif
+
 static void prepare(Activation *a, const Linear *m, const float *x) {
     a->x = x;
     if (m->kind < BITS4) return;
-    int32_t rounded[UNIT];
     a->block = block_of(m);
-    for (int b = 0; b * a->block < m->cols; b++) {
+    for (int b = 0; b * a->block < m->cols; b++) { /* 32 divides blocks, half a unit */
         const float *xb = x + b * a->block;
-        float top[8] = {0}, most = 0;
-        for (int i = 0; i < a->block; i += 8)
-            for (int j = 0; j < 8; j++) {
-                float v = fabsf(xb[i + j]);
-                top[j] = v > top[j] ? v : top[j];
-            }
-        for (int j = 0; j < 8; j++) most = top[j] > most ? top[j] : most;
-        float scale = most / 32767.f, inverse = most > 0 ? 32767.f / most : 0.f;
-        int32_t sum = 0;
-        for (int start = 0; start < a->block; start += 32) { /* 32 divides blocks, half a unit */
-            for (int i = 0; i < 32; i++) {
-                float r = xb[start + i] * inverse + 12582912.f;
-                int32_t bits;
-                memcpy(&bits, &r, 4);
-                rounded[i] = bits - 0x4b400000;
-                sum += rounded[i];
-            }
-            int at = b * a->block + start;
-            if (m->kind == BITS4) {
-                int16_t *q = a->q + at / UNIT * UNIT + at % UNIT / 4;
-                for (int k = 0; k < 4; k++)
-                    for (int i = 0; i < 8; i++) q[16 * k + i] = (int16_t)rounded[4 * i + k];
-            } else {
-                for (int i = 0; i < 32; i++) a->q[at + i] = (int16_t)rounded[i];
-            }
-        }
-        a->scale[b] = scale;
-        a->sum[b] = scale * (float)sum;
+        float most = largest(xb, a->block), inverse = most > 0 ? 32767.f / most : 0.f;
+        a->scale[b] = most / 32767.f;
+        a->sum[b] = a->scale[b] * (float)round_block(m, xb, inverse, b * a->block, a->block, a->q);
     }
 }
 
@@ -81,7 +93,11 @@ static inline float add_lanes(__m256 v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+#endif
 
+#if USE_AVX512
+/* in avx512.h */
+#elif USE_AVX2
 static inline __m256i unit4(const uint8_t *w, const int16_t *q) {
     FETCH(w);
     const __m256i mask = _mm256_set1_epi16(15), v = _mm256_loadu_si256((const __m256i *)w);
