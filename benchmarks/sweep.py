@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     points, skipped = measure(sweeps, predictions)
 
     date, where = datetime.now(UTC).strftime("%Y-%m-%d"), machine.device_name(device)
-    about = {"dtype": args.dtype, "quantize": args.quantize, "device": where, "date": date}
+    about = {"dtype": args.dtype, "quantize": args.quantize, "device": where, "load_average": load, "date": date}
     records = [asdict(point) | about for point in points]
     out = args.out or report.RESULTS / f"sweep-{machine.device_slug(device)}.json"
     save(records, out)
