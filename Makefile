@@ -17,7 +17,7 @@ PACKAGES := $(foreach p,app benchmarks distill mmmamba quantize,$(if $(wildcard 
 CODE := app.py $(PACKAGES) docs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint typecheck format bench checkpoints clean
+.PHONY: help run test lint typecheck format bench data checkpoints clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -42,6 +42,9 @@ format: $(VENV)/.installed-dev ## rewrite in the project's style
 
 bench: $(VENV)/.installed ## latency and memory over context length, on the CPU
 	$(BIN)/python -m benchmarks.decode --device cpu $(ARGS)
+
+data: $(VENV)/.installed-dev ## build the training data in data/ from its sources; ARGS="--from FOLDER" for what is not fetched
+	$(BIN)/python -m distill.data.build data $(ARGS)
 
 # The recipes bound every stage by minutes: more cards see more data in them, not the same in less time.
 TRAIN = $(BIN)/accelerate launch $(if $(filter 1,$(GPUS)),,--multi_gpu) --num_machines 1 --num_processes $(GPUS) \

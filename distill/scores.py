@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from PIL import Image
+
 from distill.data.batches import Rows
 from distill.evaluate import best_answer, judge
 from distill.reading import PRINTED
@@ -13,6 +15,7 @@ from distill.replies import greedy_replies
 from distill.tasks import Question, is_right
 from mmmamba.model import MMMamba
 
+_BLANK = Image.new("RGB", (1, 1))
 _FEWEST_AT_A_TIME = 8  # questions, in search of a few failures
 
 
@@ -70,7 +73,12 @@ def score(
         readings: give replies to all of `printed_text`, for its character error rate.
         batch_size: questions that are judged together; None: as many as suit the device.
     """
-    tasks = [_Task(name, list(q), judge(model, rows, name, q, batch_size=batch_size)) for name, q in asked]
+    tasks = []
+    for name, questions in asked:
+        judged = judge(model, rows, name, questions, batch_size=batch_size)
+        # Pictures of what was answered are let go: hundreds a task would take gigabytes.
+        kept = [q._replace(image=_BLANK) if hit else q for q, hit in zip(questions, judged, strict=True)]
+        tasks.append(_Task(name, kept, judged))
     # Replies of all tasks are decoded together: questions of one length share a batch, and a task has few of each.
     if wanted := [(task, place) for task in tasks for place in task.wanted(decode, readings)]:
         _reply(model, rows, wanted)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmmamba.generate import (
+    GPU_PIECE,
     FinishReason,
     ModelInputs,
     SamplingParams,
@@ -31,10 +32,10 @@ from mmmamba.state import DecodeState, KVState, LayerState, StackState
 from mmmamba.together import joined, prefill_together, reads_any_length
 from mmmamba.tokenizer import StreamDecoder, Tokenizer
 
-# Tokens of the embedding stack that are read in one pass on a CPU (where more than this is no faster) and on a GPU.
-# Longer prompts are read alone, in pieces.
+# Tokens of the embedding stack that are read in one pass: on a CPU more than this is no faster, on a GPU it is what a
+# piece of a long prompt takes. Longer prompts are read alone, in pieces.
 CPU_TOGETHER = 512
-GPU_TOGETHER = 2048
+GPU_TOGETHER = GPU_PIECE
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def prefill(
     used = 0
     logits = None
     for start in range(0, max(seqlen, 1), piece_size):
-        if cancel is not None and cancel.is_set():
+        if start and cancel is not None and cancel.is_set():
             raise PrefillCancelled
         piece = ids[:, start : start + piece_size]
         last = start + piece_size >= seqlen

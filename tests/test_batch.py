@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_state
 from PIL import Image
 
 from mmmamba import SamplingParams, cli, load_model
@@ -21,6 +20,7 @@ from mmmamba.jsonl import answer_file, read_questions
 from mmmamba.model import MMMamba
 from mmmamba.together import prefill_together
 from mmmamba.tokenizer import load_tokenizer
+from tests.helpers import assert_same_state
 
 GREEDY = SamplingParams(greedy=True, max_new_tokens=6)
 

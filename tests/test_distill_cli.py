@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +325,45 @@ def test_a_killed_command_goes_on_with_the_next_batch(tmp_path: Path, monkeypatc
     kept = [load_file(tmp_path / out / "stages" / "stage1.safetensors") for out in ("unbroken", "killed")]
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     assert not (tmp_path / "killed" / "stages" / "stage1").exists(), "checkpoints of a finished stage were left"
+
+
+def test_ctrl_c_in_a_terminal_is_a_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """As a terminal does it: the signal reaches the command and the processes that make its batches."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    stage = STAGE | {"steps": 60, "save_steps": 0}
+    recipe = tiny_recipe(tmp_path, image_sources={"shapes": 1}, stages={"stage1": stage})
+    main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")])
+    options = [*common(tmp_path, recipe), "--eval-count", "0", "--teacher", str(teacher)]
+    command = [sys.executable, "-m", "distill", "stage1", *options, "--workers", "1", "--out", str(tmp_path / "out")]
+    # A shell has what it runs in the background ignore Ctrl-C, and so would what it starts.
+    program = (
+        "import os, signal, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log, deadline = tmp_path / "log.jsonl", time.monotonic() + 100
+        while not log.is_file() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(running.pid, signal.SIGINT)
+        said, errors = running.communicate(timeout=100)
+    finally:
+        running.kill()
+    assert running.returncode == 130, said + errors
+    assert "Traceback" not in errors
+    assert re.search(r"distill: stage1 stopped after step \d+, kept in .*; the same command goes on from there", errors)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "stage1: going on from step" in done.stdout
+    assert (tmp_path / "out" / "stages" / "stage1.safetensors").is_file()
 
 
 def options_of_ours() -> set[str]:

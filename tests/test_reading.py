@@ -92,6 +92,9 @@ def test_what_is_left_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None
     assert shape(ids[:, :5], tiles) is None, "the prompt ends inside a tile"
     hybrid = random_model(tiny_raw())
     assert shape(ids, tiles, model=hybrid, state=hybrid.new_state()) is None, "keys have no fixed place"
+    other = make(language=LINEAR["language"] | {"intermediate_size": 48})
+    assert shape(ids, tiles, state=other.new_state()) is None, "the state of another model: the plain path says so"
+    assert shape(ids, tiles, state=model.new_state().to("cpu", torch.float32)) is None, "in another dtype"
     state = model.new_state()
     with torch.inference_mode():
         model(ids[:, :4], tiles, state)

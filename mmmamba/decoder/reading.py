@@ -52,6 +52,13 @@ class PromptReader:
             return None
         if any(t != "mamba2" for stack in model.config.stacks for t in stack.layer_types):
             return None
+        pending = state.pending
+        if (state.fingerprint, pending.device, pending.dtype) != (
+            model.config.fingerprint(),
+            model.device,
+            model.dtype,
+        ):
+            return None
         batch, seqlen = input_ids.shape
         config = model.config.embedding
         tiles = side = 0
