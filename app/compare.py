@@ -163,7 +163,7 @@ class Compare:
                     name,
                     stage="writing" if reply.text else "reading",
                     text=reply.text,
-                    trace=watch.trace(peak()),
+                    trace=watch.trace(peak()) if watch.seen_s else None,  # before that there is nothing to measure
                     latency=thin((*before.latency, *watch.latency())),
                     memory=thin((*before.memory, *watch.memory)),
                 )

@@ -24,7 +24,7 @@ from screenshots import ROOT, open_page, server
 WIDTH, HEIGHT = 1000, 1160
 SHOWN_WIDTH = 720
 GAP_S = 0.25  # between two pictures
-COLOURS = 96
+COLOURS = 224
 QUESTIONS = (
     "#compare-scene",
     "How many triangles are there?",
