@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,19 +128,24 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 100 kB: what a full disk does to a large file."""
+    """No file may grow beyond 100 kB: what a full disk does to a large file. No fixture: between the steps of a test
+    pytest itself may write to a longer file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(store: Checkpoints, full_disk: None) -> None:
-    store.save(checkpoint(5, parameters={"w": torch.ones(10)}))
-    with pytest.raises(OSError, match=r"cannot be written .*what was there before is untouched. Make room") as raised:
-        store.save(checkpoint(10))
+def test_a_full_disk_leaves_the_older_checkpoint(store: Checkpoints) -> None:
+    says = r"cannot be written .*what was there before is untouched. Make room"
+    with full_disk():
+        store.save(checkpoint(5, parameters={"w": torch.ones(10)}))
+        with pytest.raises(OSError, match=says) as raised:
+            store.save(checkpoint(10))
     assert raised.value.filename == str(store.folder / "step-00000010.pt")
     assert [path.name for path in store.folder.iterdir()] == ["step-00000005.pt"]
     assert latest(store).step == 5
@@ -163,13 +169,14 @@ def test_a_run_goes_on_when_a_save_fails(tmp_path: Path, capsys: pytest.CaptureF
         train("t", stopping, CONFIG, batches("image"), None, tmp_path / "log", store=Full(tmp_path, {}))
 
 
-def test_models_on_a_full_disk_are_a_sentence(tmp_path: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_on_a_full_disk_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Students, teachers and bundles: the error of the library that writes them is no OSError."""
     teacher = teacher_of("post")
-    with pytest.raises(OSError, match=r"student cannot be written \(.*too large.*make room and run the same command"):
+    says = r"student cannot be written \(.*too large.*make room and run the same command"
+    with full_disk(), pytest.raises(OSError, match=says):
         export_student(student_of(teacher, "post"), tmp_path / "student")
     monkeypatch.setattr("distill.__main__.storage_spec", lambda name, tensor: None)  # too narrow for nano's groups
-    with pytest.raises(OSError, match=r"bundle cannot be written \(.*too large"):
+    with full_disk(), pytest.raises(OSError, match=r"bundle cannot be written \(.*too large"):
         main(["bundle", str(tmp_path / "bundle"), f"teacher={GOLDEN / 'post' / 'hovle'}"])
     assert not list(tmp_path.rglob("*.safetensors")), "half a model"
 
@@ -184,7 +191,7 @@ def test_a_log_on_a_full_disk_stops_no_run(tmp_path: Path, capsys: pytest.Captur
     assert "/dev/full: a line cannot be written (No space left on device); training goes on" in capsys.readouterr().err
 
 
-def test_a_bad_loss_on_a_full_disk_is_still_said(tmp_path: Path, full_disk: None) -> None:
+def test_a_bad_loss_on_a_full_disk_is_still_said(tmp_path: Path) -> None:
     """The batch is larger than what the disk takes: nothing of it is left, and the message is about the loss."""
 
     def large() -> Iterator[Batch]:
@@ -196,7 +203,8 @@ def test_a_bad_loss_on_a_full_disk_is_still_said(tmp_path: Path, full_disk: None
                 loss_mask=given.loss_mask.repeat(12, 1),
             )
 
-    with pytest.raises(FloatingPointError, match=r"not finite at step 3: .*the batch could not be kept \("):
+    says = r"not finite at step 3: .*the batch could not be kept \("
+    with full_disk(), pytest.raises(FloatingPointError, match=says):
         train("t", Breaking(float("nan")), CONFIG, large(), None, tmp_path / "log")
     assert not list(tmp_path.glob("*.batch.pt*"))
 
