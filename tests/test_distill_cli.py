@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from mmmamba import load_model
 from mmmamba.checkpoint import BUNDLED_DIR, save_model
 from mmmamba.model import MMMamba
 from mmmamba.tokenizer import load_tokenizer
+from tests.launching import free_port, launch, wait_for_hosts
 from tests.training import save_tiny_base, save_tiny_teacher, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -91,13 +91,6 @@ def common(tmp_path: Path, recipe: Path) -> list[str]:
         *["--recipe", str(recipe), "--tokenizer", str(BUNDLED_DIR), "--log-file", str(tmp_path / "log.jsonl")],
         *["--workers", "0", "--eval-count", "2", "--no-compile", "--device", "cpu"],
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def log_of(tmp_path: Path) -> list[dict[str, Any]]:
@@ -391,21 +384,10 @@ def test_under_accelerate(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, image_sources={"shapes": 1}, stages={"stage1": STAGE | {"steps": 1}})
     main(["convert", "--recipe", str(recipe), "--teacher", str(teacher), "--out", str(tmp_path / "out")])
-    launch = "launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no"
-    port = ["--main_process_port", str(free_port())]
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), *port],
-            *["--dynamo_backend", "no", "-m", "distill", "stage1", *common(tmp_path, recipe)],
-            *["--teacher", str(teacher), "--out", str(tmp_path / "out"), "--eval-count", "0"],
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[:4000] + done.stderr[-1000:]
+    words = "--use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = ["-m", "distill", "stage1", *common(tmp_path, recipe), "--teacher", str(teacher), "--eval-count", "0"]
+    log, port = tmp_path / "launched.txt", ["--main_process_port", str(free_port())]
+    codes = wait_for_hosts([launch([*words.split(), *port, *command, "--out", str(tmp_path / "out")], log)])
+    assert codes == [0], log.read_text()[-5000:]
     assert (tmp_path / "out" / "stages" / "stage1.safetensors").is_file()
     assert len(log_of(tmp_path)) == 1, "the second process wrote too"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from distill.config import StageConfig
@@ -18,6 +15,7 @@ from distill.data.batches import Batch
 from distill.distributed import FlatGradients, Processes
 from distill.trainer import train
 from tests.helpers import assert_near
+from tests.launching import in_two_processes
 from tests.training import batches, copies, student_of, student_stage, teacher_of
 
 CONFIG = StageConfig(steps=4, lr=1e-3, image_batch=3, text_batch=3, warmup=0.25)
@@ -46,23 +44,18 @@ def trained(images: Iterator[Batch], text: Iterator[Batch], log: Path, processes
     return copies(student)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(rank: int, folder: str) -> None:
     processes = Processes.join()
     assert (processes.rank, processes.is_main) == (rank, rank == 0)
     assert processes.first(float(rank + 5)) == 5.0
     images, text = (take(batches(kind), rank, 2) for kind in ("image", "text"))
     torch.save(trained(images, text, Path(folder) / f"log{rank}", processes), Path(folder) / f"{rank}.pt")
+    processes.wait()
     processes.leave()
 
 
 def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = trained(pairs("image"), pairs("text"), tmp_path / "log", Processes())
     start = copies(student_of(teacher_of("post"), "post"))

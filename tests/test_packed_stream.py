@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,6 +33,7 @@ from mmmamba.checkpoint import BUNDLED_DIR
 from mmmamba.config import ModelConfig
 from mmmamba.image import tile_image
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
+from tests.launching import free_port, in_two_processes
 from tests.reading import write_tar
 from tests.training import piece, save_tiny_teacher, tiny_config
 
@@ -354,25 +353,20 @@ def test_a_packed_run_goes_on_as_if_it_had_not_been_killed(
     check_same(tmp_path)
 
 
-def work(rank: int, port: int, folder: Path, meta: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(rank: int, folder: Path, meta: Path, ports: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         kill = KilledAfter(patch)
         run(folder, "unbroken", meta, 1)
-        kill.left = 2
+        # Each run meets at a port of its own: whoever is first in the next must not find the store of the one before.
+        os.environ["MASTER_PORT"], kill.left = str(ports[0]), 2
         with pytest.raises(Killed):
             run(folder, "killed", meta, 1)
-        kill.left = -1
+        os.environ["MASTER_PORT"], kill.left = str(ports[1]), -1
         run(folder, "killed", meta, 1)
 
 
 def test_two_processes_go_on_each_with_rows_of_its_own(tmp_path: Path, meta: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     save_tiny_teacher(tmp_path / "teacher")
     tiny_recipe(tmp_path, stages={"stage1": STAGE})
-    mp.spawn(work, (port, tmp_path, meta), nprocs=2)
+    in_two_processes(work, tmp_path, meta, [free_port() for _ in range(2)])
     check_same(tmp_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from distill.checkpoints import Checkpoint, Checkpoints
@@ -25,6 +22,7 @@ from distill.sharding import shard_, whole
 from distill.stages import Stage, TeacherStage
 from distill.trainer import ONE_PROCESS, train
 from tests.helpers import assert_near
+from tests.launching import in_two_processes
 from tests.training import batch, student_of, student_stage, teacher_of
 
 CONFIG = StageConfig(steps=7, lr=1e-3, image_batch=3, text_batch=3, warmup=0.25, save_steps=2)
@@ -171,10 +169,7 @@ def test_minutes_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert (last().step, last().elapsed_s) == (3, 61.0), "59 seconds had passed, and the next step took two"
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(rank: int, folder: str) -> None:
     processes = Processes.join()
     assert processes.gather(rank) == [0, 1]
     assert processes.agree(0.25 + rank, save=rank == 1, stop=rank == 1) == (0.25, False, True)
@@ -204,12 +199,10 @@ def work(rank: int, port: int, folder: str) -> None:
             same(run(config, number, at / "spread", processes=processes, shard=True), spread)
     if processes.is_main:
         (at / "done").touch()
+    processes.wait()
     processes.leave()
 
 
 def test_two_processes_resume_and_spread(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     assert (tmp_path / "done").is_file()

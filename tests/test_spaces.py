@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from app.chat import Chat
 from app.engine import Engine, EngineError, Settings
 from app.ui import EXAMPLES_DIR
 from mmmamba.generate import decode_one_token
+from tests.launching import free_port
 
 ROOT = Path(__file__).parents[1]
 FAKE_SPACES = Path(__file__).with_name("fake_spaces")
@@ -37,9 +37,7 @@ GREEDY = Settings(greedy=True, max_new_tokens=12)
 @contextmanager
 def space(model: Path, **env: str) -> Iterator[str]:
     """app.py without a flag, in the environment that a Space sets; ends it and looks at what it wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MMMAMBA_", "GRADIO_"))}
     spaces = {
         "SYSTEM": "spaces",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import distill, networks
@@ -21,7 +19,7 @@ from distill.memory import StudentStage
 from distill.stages import Stage
 from mmmamba.config import LayerType, ModelConfig
 from mmmamba.cost import count_parameters
-from tests.test_distill_cli import free_port
+from tests.launching import in_two_processes
 from tests.training import tiny_config
 
 CPU = torch.device("cpu")
@@ -220,10 +218,7 @@ def test_a_stage_that_ends_early_says_so_and_the_next_goes_on(
     assert first["ms"] > 0 < third["ms"]
 
 
-def in_one_of_two(rank: int, port: int, recipe: str, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def in_one_of_two(rank: int, recipe: str, out: str) -> None:
     networks.nano_config = tiny_config
     made = networks.random_stage
 
@@ -240,7 +235,7 @@ def in_one_of_two(rank: int, port: int, recipe: str, out: str) -> None:
 def test_two_processes_say_how_they_scale(small: str, tmp_path: Path) -> None:
     """One that runs out of memory keeps nobody waiting."""
     out = tmp_path / "distill.jsonl"
-    mp.spawn(in_one_of_two, (free_port(), small, str(out)), nprocs=2)
+    in_two_processes(in_one_of_two, small, str(out))
     first, second = lines(out)
     assert first["out_of_memory"] == "no room in the second"
     assert second["processes"] == 2
