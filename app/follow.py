@@ -15,6 +15,7 @@ from app.lane import Job, Lane
 MIN_GAP_S = 0.05  # between two updates: each costs the page about 5 ms
 BEAT_S = 0.08  # without news an update is repeated, so that a closed page or a stop is noticed
 STOP_GRACE_S = 0.15  # a stopped answer that has not ended by then (a long prefill) ends out of sight
+WORD_GRACE_S = 2.0  # the same for one that has words: the word under way is kept, so it has to be shown
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def follow(lane: Lane, job: Job, mailbox: Mailbox, cancel: threading.Event, stat
         reply = mailbox.reply or _before(lane, job, status.status)
         if not mailbox.ended and cancel.is_set():
             cancelled_at = cancelled_at or last
-            if lane.drop(job) or last - cancelled_at > STOP_GRACE_S:
+            if lane.drop(job) or last - cancelled_at > (WORD_GRACE_S if reply.text else STOP_GRACE_S):
                 reply = replace(reply, stage="done", finish_reason="cancel")
         yield reply
         if reply.stage == "done":

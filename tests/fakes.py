@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +89,25 @@ class FakeEvent:
     finish_reason: FinishReason | None = None
 
 
+@dataclass
+class Pace:
+    """How long a fake takes: seconds a word, a word of `[long]` and for `[slow-read]`; `go` lets `[hold]` be read."""
+
+    word_s: float = 0.0
+    long_s: float | None = None
+    read_s: float = 1.0
+    go: threading.Event = field(default_factory=threading.Event)
+
+
 class FakeBackend:
     """Answers with the words and the number of pictures of this turn, and the number of the turn.
 
-    A question may hold `[boom]` (fails after two words), `[long]` (200 words), `[count 5]` (so many words),
-    `[slow-read]` (takes a second to read). Every word of an answer takes `word_s` seconds.
+    A question may hold `[boom]` (fails after two words), `[long]` (200 words), `[slow-read]` (takes `pace.read_s`
+    seconds to read, or until it is stopped), `[hold]` (is not read before `pace.go` is set, whatever is stopped).
     """
 
-    def __init__(self, word_s: float = 0.0, name: str = "fake", precision: str = "float32") -> None:
-        self.word_s = word_s
+    def __init__(self, pace: Pace | None = None, name: str = "fake", precision: str = "float32") -> None:
+        self.pace = pace or Pace()
         kind = "teacher" if "teacher" in name else "hybrid" if "hybrid" in name else "linear"
         self.info = ModelInfo(name, kind, "cpu", "float32", 1, STATE_BYTES, "shapes", f"weights of {name}", precision)
         self.key = f"{name}|cpu|float32"
@@ -135,12 +145,16 @@ class FakeBackend:
     ) -> Iterator[FakeEvent]:
         text = " ".join(ids[2:])
         if "[slow-read]" in text:
-            time.sleep(1.0)
+            cancel.wait(self.pace.read_s)
+        if "[hold]" in text:
+            self.pace.go.wait(60)
         _see(state, ids, tiles)
         turn = state.seen.count("<begin>") + state.seen.count("<close>")
         words = f"turn {turn} images {len(tiles)}: {text}".split()
+        word_s = self.pace.word_s
         if "[long]" in text:
             words = [f"word{i}" for i in range(200)]
+            word_s = word_s if self.pace.long_s is None else self.pace.long_s
         if settings.temperature > 1:
             words.append("(hot)")
         limit = settings.max_new_tokens
@@ -152,7 +166,7 @@ class FakeBackend:
             if cancel.is_set():
                 reason = "cancel"
                 break
-            time.sleep(self.word_s)
+            time.sleep(word_s)
             if "[boom]" in text and len(said) == 2:
                 raise RuntimeError("a fault of the fake model in /srv/secret/place")
             if word in settings.stop:
@@ -202,10 +216,12 @@ def _see(state: FakeState, ids: Any, tiles: Sequence[Any]) -> None:
 
 
 class FakeLoader:
-    """A loader that takes `load_s` seconds, counts its calls, and fails the first `failures` of them."""
+    """A loader that takes `load_s` seconds, counts its calls, and fails the first `failures` of them; its models
+    answer at `pace`, or at `word_s` seconds a word."""
 
-    def __init__(self, word_s: float = 0.0, load_s: float = 0.0, failures: int = 0) -> None:
-        self.word_s, self.load_s, self.failures = word_s, load_s, failures
+    def __init__(self, word_s: float = 0.0, load_s: float = 0.0, failures: int = 0, pace: Pace | None = None) -> None:
+        self.load_s, self.failures = load_s, failures
+        self.pace = pace or Pace(word_s)
         self.calls = 0
 
     def __call__(
@@ -219,4 +235,4 @@ class FakeLoader:
             raise OSError(f"no config.json in {model}")
         if "broken" in model:
             raise ValueError("its file is cut short")
-        return FakeBackend(self.word_s, Path(model).name, "float32" if dtype == "auto" else dtype)
+        return FakeBackend(self.pace, Path(model).name, "float32" if dtype == "auto" else dtype)

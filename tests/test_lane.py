@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from app.lane import Lane, LaneFull
+
+HANGS_S = 60.0  # what takes moments hangs by then
 
 
 class Gate:
@@ -18,7 +21,7 @@ class Gate:
 
     def __init__(self, max_waiting: int = 16) -> None:
         self.lane, self.ran, self.go = Lane(max_waiting), [], threading.Event()
-        self.lane.submit(lambda: self.go.wait(5) and None)
+        self.lane.submit(lambda: self.go.wait(HANGS_S) and None)
         wait_for(lambda: len(self.lane) == 0)
 
     def put(self, name: str, owner: Any = None) -> Any:
@@ -30,7 +33,7 @@ class Gate:
         return self.ran
 
 
-def wait_for(condition: Any, seconds: float = 5.0) -> None:
+def wait_for(condition: Any, seconds: float = HANGS_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not happen"
@@ -85,24 +88,30 @@ def test_dropping_a_job_between_its_steps_cleans_it_up() -> None:
 
     job = lane.submit(steps, "long")
     wait_for(lambda: log)
-    lane.submit(lambda: hold.wait(5) and None, "other")
+    lane.submit(lambda: hold.wait(HANGS_S) and None, "other")
     wait_for(lambda: lane.ahead(job) == 1)
     assert lane.drop(job)
     assert log[-1] == "cleaned"
     hold.set()
 
 
-def test_expected_wait_follows_how_long_jobs_took() -> None:
+def test_expected_wait_follows_how_long_jobs_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("app.lane.time", SimpleNamespace(monotonic=lambda: now[0]))
     lane = Lane()
+
+    def job() -> None:
+        now[0] += 0.05
+
     for _ in range(8):
-        lane.submit(lambda: time.sleep(0.05))
+        lane.submit(job)
     wait_for(lambda: lane.idle)
     hold = threading.Event()
-    lane.submit(lambda: hold.wait(5) and None)
+    lane.submit(lambda: hold.wait(HANGS_S) and None)
     jobs = [lane.submit(lambda: None) for _ in range(4)]
     waits = [lane.wait_s(job) for job in jobs]
     assert waits == sorted(waits)
-    assert 0.08 < waits[3] - waits[0] < 0.4, f"three jobs of 50 ms, expected {waits}"
+    assert waits[3] - waits[0] == pytest.approx(0.15), f"three jobs of 50 ms, expected {waits}"
     hold.set()
 
 

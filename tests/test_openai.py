@@ -22,6 +22,7 @@ from app.engine import Engine, EngineError, Limits
 from app.openai_request import read_request
 from app.ui import PageOptions, build, launch_options
 from tests.fakes import FakeLoader
+from tests.test_lane import wait_for
 
 LIMITS = Limits(max_text_chars=200, max_images=2, max_tiles=4, max_new_tokens=64)
 USER = [{"role": "user", "content": "what is this"}]
@@ -246,7 +247,7 @@ def test_a_full_queue_is_429() -> None:
     client = OpenAI(base_url=next(served), api_key="none", max_retries=0)
     long = [{"role": "user", "content": "[long]"}]
     gate = threading.Event()
-    engine.submit(lambda: gate.wait(20) and None)
+    engine.submit(lambda: gate.wait(60) and None)
     wait_for(lambda: len(engine.lane) == 0)
     engine.submit(lambda: None)
     try:
@@ -283,13 +284,6 @@ def test_a_client_that_leaves_ends_its_answer(
     wait_for(lambda: engine.lane.idle)
     assert reasons[-1] == "cancel"
     wait_for(lambda: len(engine.chats.states) == known)  # nothing is kept that nobody could ask for
-
-
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not happen"
-        time.sleep(0.01)
 
 
 def test_a_key_is_asked_for_where_there_is_one() -> None:
