@@ -19,7 +19,6 @@ import argparse
 import datetime
 import gc
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from benchmarks.machine import best_s, device_name, peak_flops, peak_memory_byte
 from benchmarks.networks import random_batches, random_stage, teacher_config, with_rows
 from benchmarks.report import spread
 from distill.config import STUDENT_STAGES, Recipe, StageConfig
-from distill.distributed import Processes
+from distill.distributed import Processes, end_process
 from distill.memory import StudentStage, step_memory
 from distill.recompute import recompute_blocks_
 from distill.runner import WeightedInputs
@@ -83,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--stages {','.join(unknown)}: recipe {recipe.name} has {', '.join(recipe.stages)}")
     processes = Processes.join()
     try:
-        return _Bench(args, recipe, processes).run(names)
+        status = _Bench(args, recipe, processes).run(names)
+        processes.wait()  # one that leaves takes its connections along
+        return status
     finally:
         processes.leave()
 
@@ -282,4 +283,4 @@ def _matmul_flops(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

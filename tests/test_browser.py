@@ -27,6 +27,7 @@ SEND = "#box button.submit-button"
 STOP = "#box button.stop-button"
 WORD_S = 0.02
 HANGS_MS = 60_000
+KEPT = "JSON.stringify(localStorage)"
 
 
 @pytest.fixture(scope="module")
@@ -372,10 +373,11 @@ def test_undo_gives_the_message_back(page: Page) -> None:
 
 def test_a_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> None:
     upload(page, PYRAMID)
+    before = page.evaluate(KEPT)
     ask(page, "what is this")
     bot(page, "turn 1 images 1: what is this")
     unlocked(page)
-    page.wait_for_function("localStorage.length > 0")
+    page.wait_for_function(f"kept => {KEPT} !== kept", arg=before)
     page.wait_for_timeout(500)
     page.reload()
     bot(page, "turn 1 images 1: what is this")
@@ -384,7 +386,10 @@ def test_a_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> 
     bot(page, "turn 2 images 0: and now")
     assert "Read 1 turn again" in page.inner_text("#meter")
     unlocked(page)
+    page.wait_for_timeout(500)
+    before = page.evaluate(KEPT)
     page.click("#clear")
+    page.wait_for_function(f"kept => {KEPT} !== kept", arg=before)
     page.wait_for_timeout(500)
     page.reload()
     page.wait_for_selector(BOX)
@@ -527,7 +532,7 @@ def test_video_is_asked_about_as_frames(page: Page, tmp_path: Path) -> None:
         for packet in stream.encode():
             container.mux(packet)
     page.set_input_files("#box input[type=file]", str(path))
-    page.wait_for_timeout(500)
+    page.wait_for_selector("#box .thumbnail-item")
     ask(page, "what happens")
     bot(page, "turn 1 images 4: what happens")
     page.wait_for_selector("#notice:has-text('clip.mp4: 4 frames of 1.0 s')")
