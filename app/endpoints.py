@@ -25,7 +25,6 @@ from app.records import (
     compare_record,
     info_record,
 )
-from app.scratch import scratch_folder
 from app.sessions import Sessions, new_session_id
 from app.sides import Sides
 
@@ -132,7 +131,7 @@ class Endpoints:
         try:
             if not all(isinstance(value, int | float) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
-            grow = Grow(self.engine, self.sides.called(models), self._states or scratch_folder("contexts"))
+            grow = Grow(self.engine, self.sides.called(models), self._states)
             for growth in grow.run(int(longest), 60 * minutes, image or None):
                 if growth.error:
                     raise EngineError(growth.error)

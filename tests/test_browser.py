@@ -455,12 +455,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:
     bot(page, "turn 1 images 0: hello")
 
 
-def test_precision_is_switched_and_models_are_chosen(
-    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_is_switched_and_models_are_chosen(browser: Browser) -> None:
     """Three models, of which two are asked, in 4 bits."""
-    # A page that ends deletes its copies of the examples, which would be those of this module's other page.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     engine = Engine("fake", "cpu", loader=FakeLoader(), need=lambda *_: MemoryNeed(2**27, 2**33, "int4"))
     blocks = build(engine, PageOptions(teacher="fake-hybrid,fake-teacher"))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
