@@ -37,7 +37,7 @@ def url(tiny_dir: Path, tiny_teacher_dir: Path) -> Iterator[str]:
 @pytest.fixture
 def at_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder that looks like the root of the repository and may be written to."""
-    for name in ("app", "mmmamba"):
+    for name in ("app", "mmmamba", "quantize"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
