@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     model = p.add_argument_group("model")
-    add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
+    add(model, "model", "nano-linear", "bundled name, checkpoint directory or hub id", metavar="MODEL")
     add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
     precision = (
         "how weights are held, of all models; auto: as they are stored where that loses nothing, else 16 or 32 bits"

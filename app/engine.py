@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(
         self,
-        model: str = "nano",
+        model: str = "nano-linear",
         device: Device = "auto",
         precision: Precision = "auto",
         *,
