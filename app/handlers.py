@@ -175,8 +175,9 @@ class Handlers:
         return box, views.messages(chat), self._meter(last), views.notice(note), self._branch(chat)
 
     def _branch(self, chat: Chat) -> Any:
-        names = views.branch_names(chat)
-        return gr.Dropdown(choices=names, value=views.branch_of(chat), visible=len(names) > 1)
+        names, here = views.branch_names(chat), views.branch_of(chat)
+        # Shown after an undo too: there is no other way forward again.
+        return gr.Dropdown(choices=names, value=here, visible=len(names) > (here is not None))
 
     # Going back and forth
 
