@@ -351,6 +351,7 @@ def test_undo_gives_the_message_back(page: Page) -> None:
     page.click("#branch input")
     page.locator("[role=option]").filter(has_text="two (2 turns)").click()
     bot(page, "turn 2 images 0: two")  # taken back
+    page.fill(BOX, "")
     page.click("#chat button[aria-label=Undo]")
     page.wait_for_function(f"document.querySelector({BOX!r}).value === 'two'")
     ask(page, "other")
