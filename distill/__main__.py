@@ -22,7 +22,7 @@ from distill.checkpoints import write_whole, writing_model
 from distill.config import STUDENT_STAGES, Recipe
 from distill.data.batches import Rows
 from distill.data.photos import Photos
-from distill.distributed import Processes
+from distill.distributed import Processes, end_process
 from distill.evaluate import held_out_questions
 from distill.failures import write_failures
 from distill.faults import Interrupted
@@ -329,4 +329,4 @@ def _training(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    end_process(cli())

@@ -7,10 +7,12 @@ so that it can be captured as a CUDA graph. Models too large for that: `distill.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -81,6 +83,20 @@ class Processes:
         """End of a run."""
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave the interpreter.
+
+    One among several leaves without destructors: threads of the connections can outlive them and abort a process that
+    has done all its work (seen with torch 2.13), which the launcher takes for a run that failed.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class FlatGradients:
