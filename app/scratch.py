@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 KEEP_S = 24 * 3600
-PREFIX = "mmmamba-page-"
+PREFIX = "mmmamba-files-"  # not that of earlier versions, which had no lock
 LOCK = "lock"  # held open, and locked where the system can, as long as the process lives
 NEW_S = 60  # a folder this young may be about to get its lock
 
