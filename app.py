@@ -180,4 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while it starts; later Gradio takes it
+        sys.exit(130)

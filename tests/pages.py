@@ -20,21 +20,21 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class AppProcess:
-    """A page that answers at `url`; `output` is what it wrote, once it has ended."""
+    """A page that answers at `url`; `output` is what it wrote, None until it has ended."""
 
     url: str
     process: subprocess.Popen[str]
-    output: str = ""
+    output: str | None = None
 
     def end(self, signum: int = signal.SIGINT) -> int:
         """Send a signal and wait; the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signum)
         try:
-            self.output += self.process.communicate(timeout=30)[0]
+            self.output = self.process.communicate(timeout=30)[0]
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.output += self.process.communicate()[0]
+            self.output = self.process.communicate()[0]
         return self.process.returncode
 
 
@@ -67,6 +67,6 @@ def app_process(**env: str) -> Iterator[AppProcess]:
                 time.sleep(0.2)
         yield page
     finally:
-        if not page.output:
+        if page.output is None:
             page.end()
-    assert "Traceback" not in page.output, page.output
+    assert "Traceback" not in (page.output or ""), page.output
