@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.precision import PRECISIONS, SCHEMES, refusal
+from app.scratch import use_own_uploads
 
 LIMITS = (
     ("max-new-tokens", 1024, 1, "longest answer that a visitor may ask for"),
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     model = p.add_argument_group("model")
-    add(model, "model", "nano", "bundled name, checkpoint directory or hub id", metavar="MODEL")
+    add(model, "model", "nano-linear", "bundled name, checkpoint directory or hub id", metavar="MODEL")
     add(model, "device", "auto", '"cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where it is there', metavar="DEVICE")
     precision = (
         "how weights are held, of all models; auto: as they are stored where that loses nothing, else 16 or 32 bits"
@@ -114,6 +116,9 @@ def read_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    use_own_uploads()
+    # What a container is stopped with ends the page as Ctrl-C does, so that its files go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of torch leave the cores to the page
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -175,4 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while it starts; later Gradio takes it
+        sys.exit(130)

@@ -94,6 +94,7 @@ class Chat:
         self.all_turns: list[Turn] = []
         self.head: Turn | None = None
         self.closed = False
+        self.resting = False  # until the next message
         self._ended: list[Turn] = []
         self._running: set[threading.Event] = set()
         self._lock = threading.Lock()
@@ -152,6 +153,18 @@ class Chat:
             for cancel in self._running:
                 cancel.set()
 
+    def rest(self) -> None:
+        """Stop, and free every state; what was said stays, and is read again when it goes on. Called again after a job
+        that was under way, as `close` is."""
+        self.resting = True
+        self.stop()
+        for turn in self.all_turns:
+            self._free(turn)
+
+    def _free(self, turn: Turn) -> None:
+        while turn.snapshots:
+            self.states.release(turn.snapshots.popitem()[1])
+
     def close(self) -> None:
         """Stop, and free every state. Called again after a job that was under way, it frees what that one made."""
         self.stop()
@@ -160,8 +173,7 @@ class Chat:
             self._ended += self.all_turns
             self.all_turns, self.head = [], None
         for turn in self._ended:
-            while turn.snapshots:
-                self.states.release(turn.snapshots.popitem()[1])
+            self._free(turn)
 
 
 class ChatStore(Sessions[Chat]):

@@ -25,7 +25,6 @@ from app.records import (
     compare_record,
     info_record,
 )
-from app.scratch import scratch_folder
 from app.sessions import Sessions, new_session_id
 from app.sides import Sides
 
@@ -132,7 +131,7 @@ class Endpoints:
         try:
             if not all(isinstance(value, int | float) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
-            grow = Grow(self.engine, self.sides.called(models), self._states or scratch_folder("contexts"))
+            grow = Grow(self.engine, self.sides.called(models), self._states)
             for growth in grow.run(int(longest), 60 * minutes, image or None):
                 if growth.error:
                     raise EngineError(growth.error)
@@ -158,18 +157,19 @@ def _parts(message: dict[str, Any] | None) -> tuple[str, list[str]]:
 def _settings(options: Sequence[Any], session_id: str) -> Settings:
     """Settings from the values of `_options`, in their order.  Raises: EngineError naming the one that does not fit."""
     values = dict(zip(SETTINGS, options, strict=True))
-    values["system"] = (values["system"] or "").strip() or None
+    if isinstance(values["system"], str):
+        values["system"] = values["system"].strip() or None
     if values["system"] and str(session_id or "").strip():
         raise EngineError("system opens a new conversation; leave it out where session_id goes on with one.")
     return Settings.from_dict(values)
 
 
 def _options(limits: Limits) -> list[Any]:
-    """Components for `SETTINGS`, in that order: they check the numbers' ranges on the server."""
+    """Components for `SETTINGS`, in that order. They say what fits; `Settings` checks it, and names what does not."""
     default = Settings()
     hidden: dict[str, Any] = {"visible": False}
     tokens = min(default.max_new_tokens, limits.max_new_tokens)
-    return [
+    options: list[Any] = [
         gr.Slider(0, 2, default.temperature, label="temperature", **hidden),
         gr.Slider(0.01, 1, default.top_p, label="top_p", **hidden),
         gr.Slider(1, limits.max_new_tokens, tokens, label="max_new_tokens", **hidden),
@@ -181,10 +181,14 @@ def _options(limits: Limits) -> list[Any]:
         gr.Slider(0.5, 2, default.repetition_penalty, label="repetition_penalty", **hidden),
         gr.Textbox("", label="system", **hidden),
     ]
+    for option in options:
+        # Gradio's own check tells a value and its limit, not whose they are, and falls over what is no number.
+        option.preprocess = lambda value: value
+    return options
 
 
 def layout(endpoints: Endpoints, limits: Limits) -> None:
-    """Register the endpoints. Components of their own: they check the files' types and the numbers' ranges."""
+    """Register the endpoints. Components of their own: they check the files' types."""
     hidden: dict[str, Any] = {"visible": False}
     for name, handler in (("chat", endpoints.chat), ("compare", endpoints.compare)):
         message = gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden)

@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(
         self,
-        model: str = "nano",
+        model: str = "nano-linear",
         device: Device = "auto",
         precision: Precision = "auto",
         *,
@@ -230,6 +230,7 @@ class Engine:
     ) -> Iterator[Reply]:
         cancel = cancel or threading.Event()
         mailbox = Mailbox()
+        chat.resting = False
         with chat.running(cancel):
             job = self.submit(lambda: self._work(chat, request, settings, cancel, mailbox), owner=chat)
             try:
@@ -262,6 +263,8 @@ class Engine:
         finally:
             if chat.closed:
                 chat.close()
+            elif chat.resting:
+                chat.rest()
 
     def _load_quietly(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ ASK_WITHOUT_WORDS = "What is in the picture?"
 UNEXPECTED = "Something went wrong on the server. Nothing of the conversation is lost; try again."
 BUSY = "An answer is being written. Wait for it, or stop it first."
 NOTHING_YET = "Stopped before the first word; the conversation is as it was."
-FORGOTTEN = "The server no longer held the earlier conversation (too long unused, or restarted): this is a new one."
+FORGOTTEN = "The server let this conversation go, unused for long. Reload the page: what this browser kept comes back."
 RESTORED = "This is the conversation that this browser kept. The next question reads it again, once."
+
+LEFT_S, MOST_LEFT = 3600, 32  # how long, and how many conversations stay whose tab seems closed
+MOST_OPENED = 4096
 
 KEEP_NOTHING = "nothing"  # gr.BrowserState leaves what it has at an empty value
 
@@ -51,7 +55,9 @@ class Handlers:
 
     def __init__(self, engine: Engine, options: Options, likes: Likes | None = None) -> None:
         self.engine, self.options, self.likes = engine, options, likes
-        self._opened: set[Key] = set()  # tabs that had a conversation: without one now, the server let it go
+        # Tabs that had a conversation (without one now, the server let it go), and when a tab was last left.
+        self._opened: dict[Key, None] = {}
+        self._left: dict[Key, float] = {}
 
     # Answers
 
@@ -73,7 +79,6 @@ class Handlers:
         self, text: str, files: list[str], request: gr.Request, options: Sequence[Any], frames: int = 1
     ) -> Iterator[Update]:
         key = key_of(request)
-        note = FORGOTTEN if key in self._opened and self.engine.chats.get(key) is None else ""
         chat = self.chat_of(key)
         if files and not text.strip():
             text = ASK_WITHOUT_WORDS
@@ -92,7 +97,7 @@ class Handlers:
             start,
             above,
             lambda bad: box_open(text, [file for i, file in enumerate(files) if i != bad]),
-            lambda: " ".join([note, *map(str, sampled)]).strip(),
+            lambda: " ".join(map(str, sampled)),
         )
 
     def retry(self, retried: gr.RetryData, request: gr.Request, *options: Any) -> Iterator[Update]:
@@ -133,6 +138,9 @@ class Handlers:
         was at fault, after an answer that came to nothing. `note` is shown with a good answer.
         """
         chat = self.chat_of(key)
+        if self._is_lost(key):
+            yield give_back(None), gr.skip(), gr.skip(), views.notice(FORGOTTEN), gr.skip()
+            return
         if chat.busy:
             yield gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY), gr.skip()
             return
@@ -175,8 +183,9 @@ class Handlers:
         return box, views.messages(chat), self._meter(last), views.notice(note), self._branch(chat)
 
     def _branch(self, chat: Chat) -> Any:
-        names = views.branch_names(chat)
-        return gr.Dropdown(choices=names, value=views.branch_of(chat), visible=len(names) > 1)
+        names, here = views.branch_names(chat), views.branch_of(chat)
+        # Shown after an undo too: there is no other way forward again.
+        return gr.Dropdown(choices=names, value=here, visible=len(names) > (here is not None))
 
     # Going back and forth
 
@@ -186,6 +195,8 @@ class Handlers:
     def undo(self, undone: gr.UndoData, request: gr.Request) -> Update:
         """Go back to before a message, which returns to the box; what was said stays as a branch."""
         chat = self.chat_of(key_of(request))
+        if self._is_lost(key_of(request)):
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(FORGOTTEN), gr.skip()
         turns, index = chat.turns, turn_index(undone.index)
         if chat.busy or not 0 <= index < len(turns):
             return gr.skip(), views.messages(chat), gr.skip(), views.notice(BUSY if chat.busy else ""), gr.skip()
@@ -195,6 +206,8 @@ class Handlers:
     def pick(self, index: int | None, request: gr.Request) -> Update:
         """Stand at the end of another branch."""
         chat = self.chat_of(key_of(request))
+        if self._is_lost(key_of(request)):
+            return gr.skip(), gr.skip(), gr.skip(), views.notice(FORGOTTEN), gr.skip()
         if chat.busy or index is None:
             return gr.skip(), gr.skip(), gr.skip(), views.notice(BUSY if chat.busy else ""), self._branch(chat)
         chat.go_to(int(index))
@@ -218,17 +231,35 @@ class Handlers:
         return self.everything(self.engine.chats.new(key_of(request)), box_open())
 
     def forget(self, request: gr.Request) -> None:
-        """The tab was closed."""
-        self._opened.discard(key_of(request))
-        self.engine.chats.drop(key_of(request))
+        """The tab was closed: all states are freed. A connection that broke, of a laptop that slept, looks the same,
+        and such a tab goes on as if nothing had been: so what was said stays for a while."""
+        key = key_of(request)
+        chat = self.engine.chats.get(key)
+        if chat is not None and chat.all_turns:
+            chat.rest()
+            self._left[key] = time.monotonic()
+        else:
+            self.engine.chats.drop(key)
+            if chat is not None:
+                self._opened.pop(key, None)  # nothing is lost with it
+        self._drop_left()
+
+    def _drop_left(self) -> None:
+        for key, since in list(self._left.items()):  # the longest unused first
+            if len(self._left) > MOST_LEFT or time.monotonic() - since > LEFT_S:
+                self._left.pop(key, None)
+                self.engine.chats.drop(key)
 
     def opened(self, kept: str | None, request: gr.Request) -> tuple[Any, ...]:
         """A tab was opened: start loading the model, and show what the browser kept. Whoever was quicker and has asked
         something already keeps that."""
         key = key_of(request)
-        self._opened.add(key)
         self.engine.warm()
-        chat = self.chat_of(key)
+        self._drop_left()
+        chat = self.engine.chats.get(key) or self.engine.chats.new(key)
+        self._opened[key] = None
+        while len(self._opened) > MOST_OPENED:
+            del self._opened[next(iter(self._opened))]
         if chat.busy or chat.turns:
             return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         note = ""
@@ -252,7 +283,17 @@ class Handlers:
         return views.meter(metrics, self.engine.info)
 
     def chat_of(self, key: Key) -> Chat:
+        """The conversation of a tab, from now on again in use; an empty one beside the others if it was lost, so that
+        nothing takes its place in the browser's own storage."""
+        if self._left.pop(key, None) is not None:
+            self._left[key] = time.monotonic()  # its browser does not tell a second time that it has left
+        if self._is_lost(key):
+            return Chat(self.engine.chats.states)
         return self.engine.chats.get(key) or self.engine.chats.new(key)
+
+    def _is_lost(self, key: Key) -> bool:
+        """Whether the server let a tab's conversation go."""
+        return key in self._opened and self.engine.chats.get(key) is None
 
     # The model
 
@@ -274,7 +315,7 @@ class Handlers:
             for status in self.engine.switch(model or "", precision):  # type: ignore[arg-type]
                 yield gr.skip(), views.model_status(status, None, model or ""), gr.skip()
         except EngineError as error:
-            fault = f"{error} {Path(self.engine.model).name} goes on answering."
+            fault = f"{str(error).rstrip('.')}. {Path(self.engine.model).name} goes on answering."
         except Exception:
             log.exception("switching the model failed")
             fault = UNEXPECTED

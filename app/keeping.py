@@ -25,11 +25,14 @@ class Keeping:
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
 
-    def remember(self, keep: bool, request: gr.Request, *options: Any) -> str:
-        """What the browser keeps of the conversation: nothing if it is not to, or if it is too large."""
-        chat = self.handlers.engine.chats.get(key_of(request))
-        if not keep or chat is None:
+    def remember(self, keep: bool, request: gr.Request, *options: Any) -> Any:
+        """What the browser keeps of the conversation: nothing if it is not to, or if it is too large; what it has, if
+        the server has none."""
+        if not keep:
             return KEEP_NOTHING
+        chat = self.handlers.engine.chats.get(key_of(request))
+        if chat is None:
+            return gr.skip()
         return saving.for_browser(chat, self.handlers.options.values(options)) or KEEP_NOTHING
 
     def save(self, how: str, request: gr.Request, *options: Any) -> tuple[Any, Any]:

@@ -48,6 +48,7 @@ def memory_need(model: str, device: Device, precision: Precision) -> MemoryNeed:
     import torch
 
     from mmmamba.checkpoint import build_meta, named_tensors, read_config, resolve_checkpoint
+    from mmmamba.kernels.native import load_native
     from mmmamba.memory import free_memory_bytes
     from mmmamba.place import default_dtype
     from quantize.ahead import loaded_bytes, stored_scheme
@@ -58,7 +59,8 @@ def memory_need(model: str, device: Device, precision: Precision) -> MemoryNeed:
     scheme = stored_scheme(directory) or (chosen if chosen in SCHEMES else None)
     dtype = default_dtype(where) if chosen in SCHEMES else getattr(torch, chosen)
     config = read_config(directory)
-    needed = loaded_bytes(config, scheme, dtype)
+    in_c = scheme is None or where.type != "cpu" or load_native()[0] is not None
+    needed = loaded_bytes(config, scheme, dtype, in_c=in_c)
     if where.type == "cpu":
         needed += 4 * max(tensor.numel() for _, tensor in named_tensors(build_meta(config)))
     return MemoryNeed(needed, free_memory_bytes(where), scheme or chosen)

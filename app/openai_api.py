@@ -24,6 +24,7 @@ from app.chat import Chat
 from app.engine import Engine, EngineError, Reply
 from app.openai_request import BadRequest, ChatRequest, Said, read_request
 from app.prefixes import Prefixes
+from app.sides import NANO
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ class OpenAIAPI:
             chat.head.snapshots.clear()
 
     def _names(self) -> tuple[str, ...]:
-        return Path(self.engine.model).name, self.engine.model
+        model = self.engine.model
+        return (Path(model).name, model, *(NANO if model in NANO else ()))
 
     def _card(self) -> dict[str, Any]:
         return {"id": self._names()[0], "object": "model", "created": self._started, "owned_by": "mmmamba"}

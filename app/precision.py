@@ -43,36 +43,14 @@ def offered(device: str) -> list[tuple[str, str]]:
 
 
 def default_precision(models: Sequence[str], device: torch.device) -> Precision:
-    """What `auto` means for a model, the first of `models`, and for those it is compared with: one for all of them.
+    """What `auto` means for a model, the first of `models`, and for those it is compared with: see
+    `quantize.precision`, whose reason is logged once."""
+    from quantize.precision import default_precision as choose
 
-    The scheme that they are stored by, if there is one. On a CPU `int4` for weights that are stored in 4 bits already,
-    as nano's are, if the C that multiplies with them can be built: nothing is lost then. Else bfloat16 or float32.
-    Raises: ValueError or OSError if the model is not to be had.
-    """
-    from mmmamba.checkpoint import resolve_checkpoint
-    from mmmamba.place import default_dtype
-    from quantize.ahead import kept_by, stored_scheme
-
-    dtype: Precision = "bfloat16" if "bfloat16" in str(default_dtype(device)) else "float32"
-    directory = resolve_checkpoint(models[0], config_only=True)
-    if (scheme := stored_scheme(directory)) is not None:
-        return scheme  # type: ignore[return-value]
-    if device.type != "cpu" or not kept_by(directory, "int4"):
-        return dtype
-    from mmmamba.kernels.native import load_native
-
-    lib, reason = load_native()
-    for other in models[1:] if lib else ():
-        try:
-            kept = kept_by(resolve_checkpoint(other, config_only=True), "int4")
-        except (ValueError, OSError):
-            continue  # it cannot be loaded in any precision
-        if not kept:
-            lib, reason = None, f"{other}, which it is compared with, is not stored in 4 bits"
-            break
-    chosen: Precision = dtype if lib is None else "int4"
-    _say(f"int4: {models[0]} is stored in 4 bits, nothing is lost" if lib else f"{dtype} rather than int4: {reason}")
-    return chosen
+    choice = choose(models, device)
+    if choice.why:
+        _say(choice.why)
+    return choice.precision  # type: ignore[return-value]
 
 
 @cache

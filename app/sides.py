@@ -8,6 +8,7 @@ from pathlib import Path
 
 KINDS = ("linear", "hybrid", "teacher")
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "checkpoints" / "nano"
+NANO = ("nano-linear", "nano")  # two names of one model
 PUBLISHED = {
     "linear": "hustvl/mmMamba-linear",
     "hybrid": "hustvl/mmMamba-hybrid",

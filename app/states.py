@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
+from app.scratch import own_folder
+
 log = logging.getLogger(__name__)
 
 Place = Literal["device", "memory", "disk", "gone"]
@@ -217,7 +219,7 @@ class StateStore:
 
     def _folder(self) -> Path:
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="mmmamba-states-"))
+            self._directory = own_folder("states")
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         return self._directory
 

@@ -16,6 +16,7 @@ from app.backend import Backend
 from app.chat import Chat, Metrics, Resumed, Turn
 from app.errors import EngineError
 from app.follow import Reply
+from app.scratch import still_used
 from app.settings import Settings
 from app.states import State, StateStore
 
@@ -92,6 +93,7 @@ class Turns:
             before = parent.snapshots.get(backend.key) if parent else None
             turn.snapshots[backend.key] = self.states.keep(state, backend.mover, before)
             chat.commit(turn)
+            still_used(image for earlier in turn.path for image in earlier.images)
         put(replace(reply, stage="done"))
 
     def state_after(self, backend: Backend, turn: Turn | None, cancel: threading.Event) -> tuple[State, Resumed]:

@@ -99,9 +99,13 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
             if len(sides.names) > 1:
                 with gr.Tab("Compare with the teacher", id="compare", elem_id="compare-tab"):
                     panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
+        for block in list(demo.blocks.values()):
+            # Gradio deletes what is a day old, its copies of the pictures on buttons too; these are for every visitor.
+            if isinstance(block, gr.Button) and block.icon:
+                block.keep_in_cache.add(block.icon["path"])
         demo.unload(handlers.forget)
         demo.unload(compare.forget)
-        endpoints.layout(endpoints.Endpoints(engine, sides, page.contexts), engine.limits)
+        endpoints.layout(endpoints.Endpoints(engine, sides, compare.states), engine.limits)
         timer = gr.Timer(0.5)
         timer.tick(handlers.tick, None, [status, timer], queue=False, **PRIVATE)
     demo.queue(max_size=64, default_concurrency_limit=24)

@@ -187,7 +187,7 @@ def svg(chart: Chart) -> str:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at.path(points))
             if path:
                 out.append(f'<polyline class="line line-{line.kind} {what}" points="{path}"/>')
-        if not chart.live:
+        if not chart.live or len(line.points) == 1:  # of one point there is no line
             out += [
                 f'<circle class="dot line-{line.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
                 for x, y in at.path(line.points)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,26 +20,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from mmmamba.batch import Batch
 from mmmamba.checkpoint import load_model, read_config, resolve_checkpoint
 from mmmamba.conversation import Conversation
+from mmmamba.flags import Place, UsageError, place_arguments, place_of
 from mmmamba.generate import SamplingParams, StreamEvent
 from mmmamba.image import ImageError, load_image
 from mmmamba.info import DTYPES, info_record, info_text, quantized_record, readable_bytes
 from mmmamba.jsonl import Counts, answer_file, forget_errors, num_unanswered, read_questions
-from mmmamba.place import default_device, default_dtype
 
 DEFAULT_MODEL = "nano-linear"
 REPL_HELP = "/image PATH adds an image to the next question, /new starts over, /quit (or Ctrl-D) leaves"
-SCHEMES = ("int8", "int4", "bnb-int8", "bnb-nf4")  # of `quantize`, which is imported when one is asked for
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
-
-
-class UsageError(ValueError):
-    """A flag or a value on the command line that cannot be used."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,13 +93,7 @@ def _answering_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked how, and where."""
     parser.add_argument("--system", default=None, help="system prompt instead of the model's own")
     parser.add_argument("--max-tiles", type=int, default=None, metavar="N", help="tiles an image may be cut into")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: bfloat16 where the hardware has it"
-    )
-    parser.add_argument(
-        "--quantize", default=None, choices=SCHEMES, help="weights in 8 or 4 bits, packed while they are read"
-    )
+    place_arguments(parser)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token; ignores the seed")
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
@@ -150,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plain_sentence(error: Exception) -> str | None:
     """The error in one line, or None for one that is no user's fault."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
-        return "out of memory; use a smaller model, --dtype bfloat16, a lower --max-tiles or another --device"
+        return "out of memory; use a smaller model, --precision bfloat16, a lower --max-tiles or another --device"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None if isinstance(error, RuntimeError) else " ".join(str(error).split())
@@ -169,10 +156,10 @@ def run_chat(args: argparse.Namespace) -> int:
     if args.question is not None and not args.question.strip():
         raise UsageError("the question is empty; ask something, or leave it out for a conversation")
     params = _sampling_params(args)
-    device, dtype = _place(args)
     _check_images(args.image)
+    place = place_of(args)
     started = time.perf_counter()
-    conversation = _load_conversation(args, device, dtype)
+    conversation = _load_conversation(args, place)
     load_ms = 1e3 * (time.perf_counter() - started)
 
     if args.question is not None:
@@ -301,28 +288,14 @@ def _check_images(paths: Sequence[str]) -> None:
             raise UsageError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype from the flags; `auto` is what `mmmamba.place` takes."""
-    name = str(default_device()) if args.device == "auto" else args.device
-    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
-        raise UsageError(f'--device "{name}" is not known; use cpu, cuda, cuda:1 or mps')
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UsageError(f'--device "{name}": torch sees {count} CUDA devices here; use a lower index or --device cpu')
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError('--device "mps": torch cannot use it here; use --device cpu')
-    return device, default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-
-
-def _load_conversation(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Conversation:
+def _load_conversation(args: argparse.Namespace, place: Place) -> Conversation:
     with _progress_bar() as progress:
         model = load_model(
             args.model,
-            device=device,
-            dtype=dtype,
+            device=place.device,
+            dtype=place.dtype,
             revision=args.revision,
-            quantize=args.quantize,
+            quantize=place.quantize,
             progress=progress,
         )
     return Conversation(model, system=args.system, max_tiles=args.max_tiles)
@@ -348,7 +321,7 @@ def run_batch(args: argparse.Namespace) -> int:
     todo = num_unanswered(lines, args.answers, name)
     counts = Counts(0, 0, len(lines))
     if todo:
-        conversation = _load_conversation(args, *_place(args))
+        conversation = _load_conversation(args, place_of(args))
         batch = Batch(conversation.model, conversation.tokenizer, size=args.batch_size, plain=_plain_sentence)
         with tqdm(total=todo, unit=" answers", disable=None, file=sys.stderr) as bar:
             counts = answer_file(batch, lines, args.answers, name, bar.update)

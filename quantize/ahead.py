@@ -18,14 +18,17 @@ from quantize.pack import widened
 from quantize.schemes import Scheme, find_scheme
 
 
-def loaded_bytes(config: ModelConfig, scheme: str | None, dtype: torch.dtype) -> int:
+def loaded_bytes(config: ModelConfig, scheme: str | None, dtype: torch.dtype, *, in_c: bool = True) -> int:
     """Bytes of a model's tensors once they are loaded; those that it may share with another model are counted.
 
-    Args: scheme: of `quantize`, or None for weights in `dtype`.
+    Args:
+        scheme: of `quantize`, or None for weights in `dtype`.
+        in_c: packed weights are multiplied as they are; else they are counted twice, as `torch_products` holds them.
     """
     chosen = None if scheme is None else find_scheme(scheme)
+    times = 1 if in_c or chosen is None or chosen.method == "bitsandbytes" else 2
     return sum(
-        _packed_bytes(chosen, name, tuple(tensor.shape)) or tensor.numel() * dtype_of(name, dtype).itemsize
+        times * _packed_bytes(chosen, name, tuple(tensor.shape)) or tensor.numel() * dtype_of(name, dtype).itemsize
         for name, tensor in named_tensors(build_meta(config))
     )
 

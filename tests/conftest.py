@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import torch
 
+from app.scratch import use_own_uploads
 from tests.bundles import write_bundle
 from tests.reading import write_fonts, write_nlvr
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+use_own_uploads()  # as app.py does; pages of another run are not to delete what ours are given
 # Golden values are float32: a TensorFloat-32 product would differ in the third digit.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -33,15 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(skip)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Files that pages are given are named by their content, and a page that ends deletes its own: those of another
-    page, of the module before or of another run, must not be among them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -103,9 +103,14 @@ def test_options_reach_the_model(client: Client) -> None:
         (" ", 0, {}, "empty"),
         ("x" * 201, 0, {}, "201 characters; 200 fit"),
         ("x", 3, {}, "3 images; 2 fit"),
-        ("x", 0, {"max_new_tokens": 65}, "65"),
-        ("x", 0, {"max_tiles": 5}, "5"),
-        ("x", 0, {"temperature": 3}, "3"),
+        ("x", 0, {"max_new_tokens": 65}, "max_new_tokens is 65; this server allows up to 64"),
+        ("x", 0, {"max_new_tokens": None}, "max_new_tokens is None; use a whole number"),
+        ("x", 0, {"max_tiles": 5}, "max_tiles is 5; this server allows up to 4"),
+        ("x", 0, {"temperature": 3}, r"temperature is 3; use a number from 0\.0 to 2\.0"),
+        ("x", 0, {"temperature": "hot"}, "temperature is 'hot'"),
+        ("x", 0, {"min_p": -0.5}, r"min_p is -0\.5"),
+        ("x", 0, {"greedy": "maybe"}, "greedy is 'maybe'; use true or false"),
+        ("x", 0, {"system": 5}, "system is 5; use a text"),
         ("x", 0, {"seed": -1}, "seed is -1"),
         ("x", 0, {"session_id": "made up"}, "session_id is not known"),
     ],
@@ -258,7 +263,7 @@ def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMMAMBA_MAX_TILES", "3")
     parser = load_command().parser()
     args = parser.parse_args([])
-    assert (args.host, args.port, args.max_tiles, args.model) == ("0.0.0.0", 7999, 3, "nano")
+    assert (args.host, args.port, args.max_tiles, args.model) == ("0.0.0.0", 7999, 3, "nano-linear")
     args = parser.parse_args(["--port", "8000", "--max-tiles", "5", "--device", "cpu"])
     assert (args.port, args.max_tiles, args.device) == (8000, 5, "cpu")
 

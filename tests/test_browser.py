@@ -367,6 +367,12 @@ def test_undo_gives_the_message_back(page: Page) -> None:
     page.click("#chat button[aria-label=Undo]")
     page.wait_for_function(f"document.querySelector({BOX!r}).value === 'two'")
     assert bubbles(page, "user") == ["one"]
+    page.click("#branch input")
+    page.locator("[role=option]").filter(has_text="two (2 turns)").click()
+    bot(page, "turn 2 images 0: two")  # taken back
+    page.fill(BOX, "")
+    page.click("#chat button[aria-label=Undo]")
+    page.wait_for_function(f"document.querySelector({BOX!r}).value === 'two'")
     ask(page, "other")
     bot(page, "turn 2 images 0: other")
 
@@ -477,12 +483,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:
     bot(page, "turn 1 images 0: hello")
 
 
-def test_precision_is_switched_and_models_are_chosen(
-    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_is_switched_and_models_are_chosen(browser: Browser) -> None:
     """Three models, of which two are asked, in 4 bits."""
-    # A page that ends deletes its copies of the examples, which would be those of this module's other page.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     engine = Engine("fake", "cpu", loader=FakeLoader(), need=lambda *_: MemoryNeed(2**27, 2**33, "int4"))
     blocks = build(engine, PageOptions(teacher="fake-hybrid,fake-teacher"))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))

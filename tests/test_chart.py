@@ -44,6 +44,17 @@ def test_svg_is_well_formed_and_says_what_it_shows() -> None:
         assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
 
 
+def test_a_single_point_of_a_live_chart_is_seen() -> None:
+    """An answer of two words has one time for a token."""
+    points = ((83.0, 20.0), (84.0, 21.0))
+    one, two = (
+        ET.fromstring(svg(Chart("Time", milliseconds, (Line("a", "linear", points[:n]),), live=True))) for n in (1, 2)
+    )
+    (dot,) = [e for e in one.iter() if e.tag.endswith("circle")]
+    assert 0 < float(dot.get("cy") or 0) < HEIGHT
+    assert not [e for e in two.iter() if e.tag.endswith("circle")]
+
+
 def test_a_rising_line_rises_and_a_flat_one_stays() -> None:
     root = ET.fromstring(svg(CHART))
     heights = {

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba import DecodeState, SamplingParams, cli, cost, load_model
+from mmmamba import DecodeState, SamplingParams, cli, cost, flags, load_model
 from mmmamba.checkpoint import read_config
 from mmmamba.conversation import Conversation
 from mmmamba.generate import decode_one_token
+from mmmamba.place import default_dtype
 from quantize import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +75,54 @@ def test_chat_with_packed_weights(capsys: pytest.CaptureFixture[str], tiny_dir: 
     assert (record["quantize"], record["num_tokens"] > 0) == (scheme, True)
 
 
+def test_weights_stored_in_4_bits_stay_so_and_that_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle_dir: Path, tmp_path: Path
+) -> None:
+    """As on the page: where the C that multiplies with them can be built."""
+    model = bundle_dir / "linear"
+    ask = ("chat", "--model", model, "--device", "cpu", "--greedy", "--max-new-tokens", 2, "--json")
+    dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
+    chosen = []
+    for lib, said in ((object(), "int4: {} is stored in 4 bits, nothing is lost"), (None, "{1} rather than int4: why")):
+        monkeypatch.setattr("mmmamba.kernels.native.load_native", lambda lib=lib: (lib, "why"))
+        with monkeypatch.context() as slow:
+            slow.setattr("quantize.linear.load_native", lambda: (None, "a test"))
+            slow.setattr("mmmamba.decoder_cpu.load_native", lambda: (None, "a test"))
+            status, out, err = run(capsys, *ask, "Hello")
+        assert (status, err) == (0, f"mmmamba: {said.format(model, dtype)}\n")
+        chosen.append(json.loads(out)["quantize"])
+    assert chosen == ["int4", None]
+    (tmp_path / "in.jsonl").write_text('{"question": "Hello"}')
+    files = (tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    status, _, err = run(capsys, "batch", *files, "--model", model, "--max-new-tokens", 2)
+    assert (status, err.splitlines()[0]) == (0, f"mmmamba: {dtype} rather than int4: why")
+
+
+@pytest.mark.parametrize(
+    ("given", "quantize", "dtype"),
+    [
+        ("--precision float32", None, "float32"),
+        ("--precision bfloat16", None, "bfloat16"),
+        ("--precision int8 --dtype float32", "int8", "float32"),
+        ("--dtype bfloat16", None, "bfloat16"),
+        ("--dtype float32 --quantize int4", "int4", "float32"),
+        ("--quantize int8", "int8", str(default_dtype(torch.device("cpu"))).removeprefix("torch.")),
+    ],
+)
+def test_a_precision_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, given: str, quantize: str | None, dtype: str
+) -> None:
+    """By its name or the older two; then there is nothing to say."""
+    ask = ("chat", "--model", bundle_dir / "linear", "--device", "cpu", "--max-new-tokens", 2, "--json", "Hello")
+    status, out, err = run(capsys, *ask, *given.split())
+    assert (status, err) == (0, "")
+    record = json.loads(out)
+    assert (record["quantize"], record["dtype"]) == (quantize, dtype)
+
+
 def test_schemes_are_those_of_the_quantizer() -> None:
     """Named here too: `--help` should not wait for its import."""
-    assert tuple(SCHEMES) == cli.SCHEMES
+    assert tuple(SCHEMES) == flags.SCHEMES
 
 
 def test_conversation_from_a_pipe(
@@ -217,6 +263,8 @@ def test_reader_of_the_pipe_goes_away(tiny_dir: Path) -> None:
         (["chat", "--model", "no-such-model", "Hi"], ["no-such-model", "nano"]),
         (["chat", "--model", "{empty}", "Hi"], ["config.json"]),
         (["chat", "--model", "{tiny}", "--quantize", "int2", "Hi"], ["int2", "int4"]),
+        (["chat", "--precision", "int4", "--quantize", "int8", "Hi"], ["--precision int4", "--quantize int8"]),
+        (["chat", "--precision", "float32", "--dtype", "float16", "Hi"], ["--precision float32", "--dtype float16"]),
         (["info", "{tiny}", "--context", "0"], ["--context 0"]),
         (["info", "{tiny}", "--context", "5", "--image-tokens", "6"], ["--image-tokens 6"]),
         (["translate"], ["translate", "--help"]),

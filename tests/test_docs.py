@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def url(tiny_dir: Path, tiny_teacher_dir: Path) -> Iterator[str]:
 @pytest.fixture
 def at_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder that looks like the root of the repository and may be written to."""
-    for name in ("app", "mmmamba"):
+    for name in ("app", "mmmamba", "quantize"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -92,7 +93,8 @@ def test_every_setting_and_field_is_described() -> None:
     assert not missing
 
 
-def test_variables_named_in_the_docs_exist() -> None:
+def app_parser() -> tuple[argparse.ArgumentParser, Callable[[str], str]]:
+    """The parser of app.py, and what it calls the variable of a flag."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("app_command", ROOT / "app.py")
@@ -100,7 +102,18 @@ def test_variables_named_in_the_docs_exist() -> None:
     assert spec.loader is not None
     command = module_from_spec(spec)
     spec.loader.exec_module(command)
-    known = {command.variable(action.dest) for action in command.parser()._actions}
+    return command.parser(), command.variable
+
+
+def test_variables_named_in_the_docs_exist() -> None:
+    parser, variable = app_parser()
+    known = {variable(action.dest) for action in parser._actions}
     named = set(re.findall(r"MMMAMBA_\w+", (ROOT / "docs" / "space.md").read_text(encoding="utf-8")))
     assert named
     assert named <= {name.replace("-", "_") for name in known}
+
+
+def test_the_model_that_is_asked_is_the_one_that_answers() -> None:
+    """The snippets are for a page that was started without a flag."""
+    (asked,) = set(re.findall(r'"model": "([^"]+)"', "".join(blocks("bash"))))
+    assert asked == app_parser()[0].get_default("model")

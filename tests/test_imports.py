@@ -24,7 +24,10 @@ PACKAGES = {
     "benchmarks": {"mmmamba", "quantize", "distill"},
 }
 # What would be a circle at import time and is imported inside a function alone: (file, the other package).
-LAZY = {("mmmamba/checkpoint.py", "quantize")}  # load_model(..., quantize=...)
+LAZY = {
+    ("mmmamba/checkpoint.py", "quantize"),  # load_model(..., quantize=...)
+    ("mmmamba/flags.py", "quantize.precision"),  # what `auto` means
+}
 # Modules of mmmamba: each may import what stands left of it ...
 CHAIN = (
     ("config", "segments"),
@@ -58,7 +61,8 @@ BESIDE = {
     "together": {"generate", "model", "segments", "state"},
     "batch": {"generate", "image", "model", "prompt", "state", "together", "tokenizer"},
     "jsonl": {"batch", "generate"},
-    "cli": {"batch", "checkpoint", "conversation", "generate", "image", "info", "jsonl", "place"},
+    "flags": {"info", "place"},
+    "cli": {"batch", "checkpoint", "conversation", "flags", "generate", "image", "info", "jsonl"},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "config", "conversation", "generate", "model", "state"},
 }

@@ -25,6 +25,8 @@ from mmmamba.cost import weight_bytes
 from mmmamba.place import default_dtype
 from quantize import save_quantized
 from quantize.ahead import kept_by, loaded_bytes, stored_scheme
+from quantize.linear import PackedLinear
+from quantize.torch_products import torch_product
 from tests.fakes import FakeLoader
 
 CPU = torch.device("cpu")
@@ -265,6 +267,25 @@ def test_need_knows_how_a_checkpoint_is_stored(bundle_dir: Path, tmp_path: Path)
         stored = memory_need(str(tmp_path / "linear8"), "cpu", how)
         assert stored.precision == "int8"
         assert stored.needed_bytes == pytest.approx(needs["int8"].needed_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_need_counts_the_copies_of_torchs_products(bundle_dir: Path, no_compiler: None, scheme: str) -> None:
+    directory = bundle_dir / "linear"
+    packed = [m for m in load_model(directory, quantize=scheme).modules() if isinstance(m, PackedLinear)]
+    copies = sum(tensors_of(torch_product(m.packed_weight())) for m in set(packed))
+    held = weight_bytes(load_model(directory, dtype=torch.bfloat16, quantize=scheme)).total
+    told = loaded_bytes(read_config(directory), scheme, torch.bfloat16, in_c=False)
+    assert told == pytest.approx(held + copies, rel=0.15)
+    needs = [memory_need(str(directory), "cpu", how).needed_bytes for how in (scheme, "float32")]
+    wide = loaded_bytes(read_config(directory), None, torch.float32)
+    assert needs[0] - needs[1] == loaded_bytes(read_config(directory), scheme, default_dtype(CPU), in_c=False) - wide
+
+
+def tensors_of(product: Any) -> int:
+    """Bytes of what a product of `torch_products` holds."""
+    parts = [cell.cell_contents for cell in product.__closure__]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 def test_what_a_device_cannot_run_is_refused_in_a_sentence() -> None:

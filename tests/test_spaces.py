@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +23,7 @@ from app.chat import Chat
 from app.engine import Engine, EngineError, Settings
 from app.ui import EXAMPLES_DIR
 from mmmamba.generate import decode_one_token
-from tests.launching import free_port
+from tests.pages import app_process
 
 ROOT = Path(__file__).parents[1]
 FAKE_SPACES = Path(__file__).with_name("fake_spaces")
@@ -37,49 +34,18 @@ GREEDY = Settings(greedy=True, max_new_tokens=12)
 @contextmanager
 def space(model: Path, **env: str) -> Iterator[str]:
     """app.py without a flag, in the environment that a Space sets; ends it and looks at what it wrote."""
-    port = free_port()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MMMAMBA_", "GRADIO_"))}
     spaces = {
         "SYSTEM": "spaces",
         "SPACE_ID": "someone/mmMamba",
         "SPACE_HOST": "someone-mmmamba.hf.space",
         "GRADIO_SERVER_NAME": "0.0.0.0",
-        "GRADIO_SERVER_PORT": str(port),
         "GRADIO_SSR_MODE": "true",
-        "HF_HUB_OFFLINE": "1",
         "MMMAMBA_MODEL": str(model),
         "MMMAMBA_DTYPE": "float32",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(FAKE_SPACES),
     }
-    process = subprocess.Popen(
-        [sys.executable, "app.py"],
-        cwd=ROOT,
-        env=inherited | spaces | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{url}/config", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline, "app.py does not answer"
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            output = process.communicate(timeout=30)[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0]
-    assert "Traceback" not in output, output
+    with app_process(**(spaces | env)) as page:
+        yield page.url
 
 
 def ask(client: Client, text: str, *files: Path, **options: Any) -> dict[str, Any]:
