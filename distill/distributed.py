@@ -91,7 +91,7 @@ def end_process(status: int) -> NoReturn:
     One among several leaves without destructors: threads of the connections can outlive them and abort a process that
     has done all its work (seen with torch 2.13), which the launcher takes for a run that failed.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     logging.shutdown()
     sys.stdout.flush()
