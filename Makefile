@@ -1,7 +1,7 @@
 # make run: the chat page with the bundled model.   make test: everything on this machine.   make help: the rest.
 #
 # Settings: PYTHON=python3.12  VENV=.venv  PIP_ARGS="--extra-index-url URL"  ARGS="--port 8000"  PYTEST_ARGS="-k cli -x"
-# For `make checkpoints`: GPUS=2  NANO=runs/nano  DATA="--photos FOLDER --text FOLDER"  ARGS="--base FILE.gguf"
+# For `make checkpoints`: GPUS=2  NANO=runs/nano  DATA="--photos FOLDER --text FOLDER"  BASE=FILE.gguf  DRAWN=FILE.jsonl
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -9,6 +9,8 @@ ARGS ?=
 PYTEST_ARGS ?=
 GPUS ?= 1
 NANO ?= runs/nano
+BASE ?= HuggingFaceTB/SmolLM2-135M-Instruct
+DRAWN ?= data/drawn.jsonl
 DATA ?= --photos data/photos --text data/text --data icons=data/icons.tar.gz --data fonts=data/fonts.tar.gz
 
 BIN := $(VENV)/bin
@@ -49,16 +51,21 @@ data: $(VENV)/.installed-dev ## build the training data in data/ from its source
 # The recipes bound every stage by minutes: more cards see more data in them, not the same in less time.
 TRAIN = $(BIN)/accelerate launch $(if $(filter 1,$(GPUS)),,--multi_gpu) --num_machines 1 --num_processes $(GPUS) \
 	--mixed_precision no --dynamo_backend no -m distill
-WITH = --tokenizer checkpoints/nano --graph $(DATA) $(ARGS)
+WITH = --tokenizer checkpoints/nano --graph --base $(BASE) $(DATA) $(ARGS)
 
-checkpoints: $(VENV)/.installed-dev ## train nano again, from nothing, on GPUS=1 or more; goes on where it was stopped
+checkpoints: $(VENV)/.installed-dev $(DRAWN) ## train nano again, from nothing, on GPUS=1 or more; goes on where it was stopped
 	@echo "54 minutes of training by the recipes' limits; loading, compiling and scoring come on top"
 	$(TRAIN) teacher --recipe nano-look --out $(NANO)/look $(WITH)
 	$(TRAIN) teacher --recipe nano-read --resume $(NANO)/look --out $(NANO)/read $(WITH)
 	$(TRAIN) teacher --recipe nano-all --resume $(NANO)/read --out $(NANO)/all $(WITH)
-	$(TRAIN) run --recipe nano-linear --resume $(NANO)/all --out $(NANO) $(WITH)
-	$(TRAIN) run --recipe nano-hybrid --teacher $(NANO)/teacher --layers-from $(NANO) --out $(NANO)/hybrid $(WITH)
+	$(TRAIN) run --recipe nano-linear --resume $(NANO)/all --out $(NANO) --data drawn=$(DRAWN) $(WITH)
+	$(TRAIN) run --recipe nano-hybrid --teacher $(NANO)/teacher --layers-from $(NANO) --out $(NANO)/hybrid --data drawn=$(DRAWN) $(WITH)
 	$(BIN)/python -m distill bundle checkpoints/nano teacher=$(NANO)/teacher linear=$(NANO) hybrid=$(NANO)/hybrid
+
+$(DRAWN): | $(VENV)/.installed-dev
+	@mkdir -p $(@D)
+	$(BIN)/python -m distill.sample_text $@.part --base $(BASE) --tokenizer checkpoints/nano --count 20000 --batch 1024
+	@mv $@.part $@
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -21,11 +21,12 @@ from distill.data.icons_pack import pack_icons
 from distill.data.mixture import open_sources
 from distill.data.photos_pack import write_packed
 from distill.data.restyle import bend, restyle
+from distill.data.sample import held_out as hashed_out
 from distill.data.sample import rng_for
 from distill.data.scene import COLORS
 from distill.data.shapes import NUMBERS
-from distill.data.things import GROUPS, alike, plural, things, with_article
-from distill.data.unseen import part_of
+from distill.data.things import EVERYDAY, GROUPS, alike, plural, things, with_article
+from distill.data.unseen import UNNAMED_PHOTOS, part_of
 from distill.tasks import held_out, is_right
 from tests import drawings
 
@@ -99,6 +100,9 @@ def test_never_taught_is_a_fixed_share_without_everyday_things():
     assert min(parts["train"], parts["val"]) > 20
     assert {part_of(name) for name in ("dog", "Heart", "car", "SUNFLOWER", "")} == {"taught"}
     assert part_of("moai", taught=False) != "taught"
+    assert {part_of(name) for name in UNNAMED_PHOTOS} == {"train"}
+    assert all(hashed_out(f"unnamed photo: {name}", 30) for name in UNNAMED_PHOTOS)
+    assert not UNNAMED_PHOTOS & EVERYDAY
     others = [part_of(f"name {i}") for i in range(2000)]
     assert 0.12 < 1 - others.count("taught") / 2000 < 0.18
     assert abs(others.count("train") - others.count("val")) < 80
@@ -207,7 +211,7 @@ def test_answers_are_what_the_scene_holds(packed):
     assert abs(seen["Yes."] - seen["No."]) < 0.15 * (seen["Yes."] + seen["No."])
     assert abs(seen["group Yes."] - seen["group No."]) < 0.25 * (seen["group Yes."] + seen["group No."])
     assert set(counts) == {"None.", "One.", "Two.", "Three.", "Four."}
-    assert counts["One."] < 0.5 * seen["count"]
+    assert counts["One."] < 0.6 * seen["count"]
 
 
 def test_sides_are_right(packed):
@@ -351,6 +355,11 @@ def test_drawings_are_changed_in_training_alone_and_stay_what_they_are(packed):
     assert bent.width == apple.width
     assert bent.height > apple.height
     assert np.asarray(bent)[..., 3].sum() == np.asarray(apple)[..., 3].sum(), "no pixel is lost"
+    cloth = Image.new("RGBA", (120, 60), (200, 30, 30, 255))
+    ends = [np.asarray(bend(cloth, rng_for("folds", i)))[..., 3].argmax(0).astype(int) for i in range(60)]
+    turns = [int((np.diff(np.sign(steps[steps != 0])) != 0).sum()) for steps in map(np.diff, ends)]
+    assert min(turns) == 0
+    assert 10 < sum(number > 1 for number in turns) < 50, turns
     assert Icons(packed, "val").sample(0, 0).image.tobytes() == Icons(packed, "val").sample(0, 0).image.tobytes()
 
 
@@ -372,7 +381,7 @@ def test_train_and_val_show_flags_differently(packed, monkeypatch):
     poland = next(flag for flag in train.flags if flag.country == "Poland")
     flat = [train.draw(poland, rng_for("flat", i)) for i in range(20)]
     waving = [val.draw(poland, rng_for("waving", i)) for i in range(20)]
-    assert sum(map(waves, flat)) <= 2
+    assert sum(map(waves, flat)) <= 6, "some hang in folds, most do not"
     assert sum(map(waves, waving)) > 14
 
 

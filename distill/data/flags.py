@@ -1,7 +1,8 @@
 """Pictures of flags with questions: whose flag it is, and its colours where they are certain.
 
-Split "train" shows flags flat: filling the picture, or as a rectangle on a background. Split "val" shows the same
-flags by other artists, always waving and shaded on a background, which training never does.
+Split "train" shows flags filling the picture, as a rectangle on a background, or hung along random curves. Split "val"
+shows the same flags by other artists, always as a sine wave with its own shade, on a background; the curves of training
+come near that (see `restyle.bend`), the artists do not.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _draw_flat(drawing: Image.Image, rng: random.Random) -> Image.Image:
     background = random_look(rng)
     if rng.random() < 0.6:
         drawing = restyle(drawing, rng)
-    bent = rng.random() < 0.35
+    bent = rng.random() < 0.6
     if bent:
         drawing = bend(drawing, rng)
     elif rng.random() < 0.35:

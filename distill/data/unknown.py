@@ -120,7 +120,7 @@ class Unknown:
         rng = rng_for(self.name, self.split, seed, index, attempt)
         makes = [self._of_shapes, self._of_icon, self._of_photo, self._of_scrap, self._of_taught_photo]
         taught = bool(self.taught_photos)
-        weights = (3.0, 3.5 * bool(self.icons), 4.0 * bool(self.photos), 1.5 * taught, 1.0 * taught)
+        weights = (3.0, 3.5 * bool(self.icons), 7.0 * bool(self.photos), 1.5 * taught, 1.0 * taught)
         return rng.choices(makes, weights)[0](rng)
 
     def _of_shapes(self, rng: random.Random) -> Sample:
@@ -147,7 +147,7 @@ class Unknown:
         return self._sample(self._draw(photo, rng), [unseen_photo_turn(photo, rng)], rng)
 
     def _of_scrap(self, rng: random.Random) -> Sample:
-        """Few classes are never taught, and can be learned by heart; of what is too little to tell there is no end."""
+        """Classes that are never taught can be learned by heart; of what is too little to tell there is no end."""
         image = rng.choice(self.taught_photos).open()
         side = max(8, round(rng.uniform(*_SCRAP_SIDE) * min(image.size)))
         left, top = (rng.randint(0, length - side) for length in image.size)
