@@ -30,6 +30,9 @@ MIN_CAPABILITY = (8, 0)  # the first cards that multiply bf16
 # Relative RMS difference from the plain path that rounding may explain in any model; a wrong kernel is off by about 1.
 AGREEMENT = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}
 
+# Whether a token of few rows may be one launch (`one_launch.py`), where model and card allow it. Off until measured.
+ONE_LAUNCH = False
+
 log = logging.getLogger(__name__)
 
 __all__ = ["SWITCH", "Choice", "decoder_for", "make_decoder"]
@@ -95,14 +98,19 @@ def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
         return None, f"Triton does not import: {type(error).__name__}: {error}"
     reason = ""
     # Where kernels cannot overlap on a card, or do so wrongly, they may still do one after the other.
-    for overlap in (True, False):
+    ways = [(True, False), (False, False)]
+    for overlap, one_launch in [(True, True), *ways] if ONE_LAUNCH else ways:
         try:
-            decoder = FusedDecoder(model, overlap=overlap)
-            difference = disagreement(model, overlap=overlap)
+            decoder = FusedDecoder(model, overlap=overlap, one_launch=one_launch)
+            difference = disagreement(model, overlap=overlap, one_launch=one_launch)
         except Unsupported as error:
+            if one_launch:
+                log.info("%s", error)
+                continue
             return None, str(error)
         except Exception as error:  # a compiler that fails on this card raises its own; the plain path needs none
-            log.warning("the fused decoder failed on this card (overlap: %s)", overlap, exc_info=True)
+            way = (overlap, one_launch)
+            log.warning("the fused decoder failed on this card (overlap, one launch: %s, %s)", *way, exc_info=True)
             reason = f"it fails here: {type(error).__name__}: {error}"
             continue
         if difference <= AGREEMENT[model.dtype]:

@@ -28,13 +28,16 @@ CHECKED_TOKENS = 5
 
 
 @torch.inference_mode()
-def disagreement(model: MMMamba, *, overlap: bool) -> float:
+def disagreement(model: MMMamba, *, overlap: bool, one_launch: bool = False) -> float:
     """Relative RMS difference of logits between the two paths: the largest over windows of layers of the median over a
     few tokens; NaN if any logit is.
 
     Raises: Unsupported if the kernels cannot run this model.
     """
-    found = [list(_errors(window, FusedDecoder(window, overlap=overlap))) for window in windows(model)]
+    found = []
+    for window in windows(model):
+        decoder = FusedDecoder(window, overlap=overlap, one_launch=one_launch)
+        found.append(list(_errors(window, decoder)))
     return float(torch.stack([torch.stack(errors).median() for errors in found]).max())
 
 

@@ -23,12 +23,14 @@ class FusedDecoder:
     Workspaces are kept by their number of rows and used again, so a thousand sessions need the memory of as many as
     are open at once, and graphs are captured once.
 
-    Args: overlap: let kernels start before the ones ahead of them end, on cards that can.
+    Args:
+        overlap: let kernels start before the ones ahead of them end, on cards that can.
+        one_launch: decode few rows in one launch a token.
     Raises: Unsupported if the kernels cannot run this model.
     """
 
-    def __init__(self, model: MMMamba, *, overlap: bool = True) -> None:
-        self.overlap = overlap
+    def __init__(self, model: MMMamba, *, overlap: bool = True, one_launch: bool = False) -> None:
+        self.overlap, self.one_launch = overlap, one_launch
         self.layers = gather(model)
         self.device = model.device
         self._fingerprint = model.config.fingerprint()
@@ -99,7 +101,7 @@ class FusedDecoder:
         if free:
             return free.pop()
         with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
-            return Workspace(self.layers, bucket, self.device, overlap=self.overlap)
+            return Workspace(self.layers, bucket, self.device, overlap=self.overlap, one_launch=self.one_launch)
 
     def _give_back(self, space: Workspace) -> None:
         self._free[space.rows].append(space)
@@ -132,6 +134,7 @@ class FusedDecoder:
                 space.launch(None)
             for stack in state.stacks:
                 stack.seqlen += 1
+            space.check()  # of the calls before: this one has only been launched
             return space.logits[: state.batch].clone()
         finally:
             self._give_back(space)

@@ -163,10 +163,14 @@ class Session:
         self._settle()
 
     def take(self) -> list[int]:
-        """Tokens drawn first of those not taken yet, one a row (of a row that has stopped, its stop token again)."""
+        """Tokens drawn first of those not taken yet, one a row (of a row that has stopped, its stop token again).
+
+        Raises: RuntimeError if a launch did not come to its end (`Workspace.check`).
+        """
         slot, event = self._on_the_way.popleft()
         if event is not None:
             event.synchronize()
+        self._space.check()
         tokens: list[int] = self._ring[slot, : self._num_rows].tolist()
         self._unsettled.append(tokens)
         self._settle()
@@ -181,10 +185,11 @@ class Session:
         """Count what was fed and leave the workspace to others."""
         if self._space.owner is not self:
             return
+        self._space.owner = None
         while self._settled + len(self._unsettled) < self._steps:
             self.take()
-        self._space.owner = None
-        self._give_back(self._space)
+        self._space.check()
+        self._give_back(self._space)  # after a fault nobody gets it
 
     def _publish(self) -> None:
         """Send the tokens drawn last to the host."""

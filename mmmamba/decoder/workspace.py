@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from mmmamba.decoder.layers import AttentionLayer, MambaLayer, ModelLayers, Norm, StackLayers
+from mmmamba.decoder.one_launch import OneLaunch
 from mmmamba.kernels.gemm import gemm_shape, product
 from mmmamba.kernels.gemv import project
-from mmmamba.kernels.launch import next_power_of_2, overlaps_launches
+from mmmamba.kernels.launch import multiprocessors, next_power_of_2, overlaps_launches
 from mmmamba.kernels.rows import embed, finish
 from mmmamba.kernels.sampler import DrawKind, Draws, draw_tokens
 from mmmamba.kernels.split_kv import Partial, Turns, attention, fill_turns
 from mmmamba.kernels.step import step
 from mmmamba.kernels.weights import PHASES, Weight
+from mmmamba.kernels.whole_step import WholeStep, shared_limit
 
 FEW_ROWS = 4  # up to here each row is a product of its own over weights in registers; above, tensor cores
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,7 +40,9 @@ class Workspace:
     and values and the capacity of their cache.
     """
 
-    def __init__(self, model: ModelLayers, rows: int, device: torch.device, *, overlap: bool = True) -> None:
+    def __init__(
+        self, model: ModelLayers, rows: int, device: torch.device, *, overlap: bool = True, one_launch: bool = False
+    ) -> None:
         self.model, self.rows, self.device = model, rows, device
         self.few = rows <= FEW_ROWS
         self.pdl = overlap and overlaps_launches(device)
@@ -61,9 +65,28 @@ class Workspace:
         self.turns = [self._turns(stack, TURNS_CAPACITY) for stack in model.stacks]
         self.partial = [self._partial(stack) for stack in model.stacks]
         self.stretched = [False, False]  # whether a stack's `inv_freq` are other than those of short texts
+        self.one = self._one() if one_launch and self.few else None
+        self.whole = self._whole(self.one) if self.one is not None else None
         self.graphs: dict[DrawKind | None, torch.cuda.CUDAGraph] = {}
         self.owner: object = None  # the session that uses it
         self.bound: object = None  # what the tables were written for
+
+    def _one(self) -> OneLaunch:
+        one = OneLaunch(self.model, self.rows, self.device)
+        one.bind(self.x, self.logits, self.tables, self.draws.alive)
+        return one
+
+    def _whole(self, one: OneLaunch) -> WholeStep:
+        shared_bytes = one.fit(shared_limit(self.device), multiprocessors(self.device))
+        return WholeStep(one.step, one.defines, shared_bytes, self.device)
+
+    def check(self) -> None:
+        """Whether all launches that have ended came to their end. Does not wait for the device.
+
+        Raises: RuntimeError if the blocks of one waited in vain; what was computed since is wrong.
+        """
+        if self.one is not None and (fault := self.one.fault):
+            raise RuntimeError(f"decoding in one launch failed: {fault}; answers since then are wrong")
 
     def _turns(self, stack: StackLayers, capacity: int) -> Turns | None:
         rotary = stack.rotary
@@ -127,10 +150,17 @@ class Workspace:
 
     def launch(self, kind: DrawKind | None) -> None:
         """All kernels of one token, one after the other."""
-        launch = self._launch_few if self.few else self._launch_many
-        launch()
+        pdl = self.pdl
+        if self.whole is not None:
+            pdl = False  # its blocks must all run at once: nothing may take their place
+            embed(self.draws.token, self.model.text, self.model.special, self.x, pdl=pdl)
+            self.whole.launch()
+        elif self.few:
+            self._launch_few()
+        else:
+            self._launch_many()
         if kind is not None:
-            draw_tokens(self.logits, self.draws, kind, pdl=self.pdl)
+            draw_tokens(self.logits, self.draws, kind, pdl=pdl)
 
     def _launch_few(self) -> None:
         """Norms are prologues, sums into the residual stream epilogues."""
