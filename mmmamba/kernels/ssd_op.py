@@ -3,6 +3,8 @@ a block in one graph. Importing needs Triton."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,9 @@ from mmmamba.kernels.segmented import infers_on_cuda, product_dtype
 
 MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
+# What is launched otherwise than `_Plan.of` says, by kernel: BLOCK (tokens of a tile), num_warps, num_stages, maxnreg.
+# `benchmarks.scan_tiles` times them.
+TILES: dict[str, dict[str, int]] = {}
 
 
 _torch_form = torch.compiler.disable(ssd_scan_chunked)  # compiled, its gradients were wrong: see `kernels._IN_GRAPHS`
@@ -106,9 +111,11 @@ class _Plan(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         return self.seqlen, self.chunk_len, self.padded, self.num_heads
 
-    def grid(self, heads: int) -> tuple[int, int, int]:
-        """One block for each tile of each chunk."""
-        return self.num_chunks * triton.cdiv(self.chunk_len, self.meta["BLOCK"]), heads, self.batch
+    def launch(self, kernel: Any, heads: int, **meta: Any) -> Callable[..., Any]:
+        """The kernel with one program for each tile of each chunk and head, and what it is compiled for."""
+        meta = self.meta | meta | TILES.get(kernel.fn.__name__, {})
+        grid = self.num_chunks * triton.cdiv(self.chunk_len, meta["BLOCK"]), heads, self.batch
+        return partial(kernel[grid], **meta)
 
     def new_states(self, like: Tensor) -> Tensor:
         shape = (self.batch, self.num_chunks + 1, self.num_heads, self.head_dim, self.d_state)
@@ -121,21 +128,58 @@ class _Plan(NamedTuple):
         return dt, steps.cumsum(dim=-1).view_as(dt)
 
     def fill_states(
-        self, states: Tensor, x: Tensor, B: Tensor, cum: Tensor, dt: Tensor, seg: Tensor, *, reverse: bool
-    ) -> None:
-        """Slots of `states` from what the chunks add and the slot that is there: the first, or in reverse the last."""
-        meta = {name: self.meta[name] for name in ("SEGMENTS",)} | {"REVERSE": reverse}
+        self,
+        states: Tensor,
+        x: Tensor,
+        B: Tensor,
+        cum: Tensor,
+        dt: Tensor,
+        seg: Tensor,
+        *,
+        forward: Tensor | None = None,
+    ) -> Tensor:
+        """Slots of `states` from what the chunks add and the slot that is there: the first, or the last where `forward`
+        holds the states of the forward pass, whose gradients these are; x is then dy and B is C.
+
+        Returns: of gradients, their products with those states, (batch, num_heads, num_chunks, tiles), to be summed.
+        """
+        reverse = forward is not None
+        meta = {"SEGMENTS": self.meta["SEGMENTS"], "REVERSE": reverse}
         block_p = min(64, self.meta["BLOCK_P"])
         grid = (self.num_chunks * triton.cdiv(self.head_dim, block_p), self.num_heads, self.batch)
+        tiles_of = self.meta | meta | {"BLOCK_P": block_p} | TILES.get("chunk_states", {})
         ssd_triton.chunk_states[grid](
             x, B, cum, dt, seg, states, *self.sizes, self.num_heads // x.shape[2], self.num_heads // B.shape[2],
-            *x.stride()[:3], *B.stride()[:3], **(self.meta | meta | {"BLOCK_P": block_p}),
+            *x.stride()[:3], *B.stride()[:3], **tiles_of,
         )  # fmt: skip
         size = self.head_dim * self.d_state
-        grid = (triton.cdiv(size, _STATE_BLOCK), self.num_heads, self.batch)
-        ssd_triton.pass_states[grid](
-            states, cum, seg, *self.sizes, self.num_chunks, SIZE=size, BLOCK=_STATE_BLOCK, num_warps=4, **meta
-        )
+        tiles = triton.cdiv(size, _STATE_BLOCK)
+        products = cum.new_empty((self.batch, self.num_heads, self.num_chunks, tiles) if reverse else 0)
+        ssd_triton.pass_states[tiles, self.num_heads, self.batch](
+            states, states if forward is None else forward, products, cum, seg, *self.sizes, self.num_chunks,
+            SIZE=size, BLOCK=_STATE_BLOCK, num_warps=4, **meta,
+        )  # fmt: skip
+        return products
+
+
+class Scan:
+    """A scan that trains without autograd: `y` (batch, seqlen, num_heads, head_dim), and what its gradients need.
+
+    Arguments as `ssd_scan_ref`, x, B and C of one dtype, dt and A float32, without a state before or after.
+    """
+
+    def __init__(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment_ids: Tensor | None, chunk_size: int
+    ) -> None:
+        self._plan = _Plan.of(x, B, C, segment_ids, chunk_size)
+        self._steps = chunk_steps(dt, A, self._plan.chunk_len)
+        self._given = x, B, C
+        self._others = A, segment_ids
+        self.y, self._states = _launch(self._plan, *self._given, *self._steps, None, segment_ids, False)
+
+    def gradients(self, grad_y: Tensor) -> tuple[Tensor, ...]:
+        """Of x, dt, A, B, C, from that of y, whose last stride is 1."""
+        return _launch_backward(self._plan, grad_y, None, *self._given, *self._steps, *self._others, self._states)[:5]
 
 
 def _segments(segment_ids: Tensor | None, cum: Tensor) -> Tensor:
@@ -163,7 +207,7 @@ def _forward(
     """(y, state after the last token, states before every chunk and after the last); the latter two empty where there
     is no need for them."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    y, states = _launch(plan, x, B, C, *plan.steps(dt, A), initial_state, segment_ids, need_state)
+    y, states = _launch(plan, x, B, C, *chunk_steps(dt, A, plan.chunk_len), initial_state, segment_ids, need_state)
     # Results may not share memory.
     final = states[:, -1].clone() if need_state and states.numel() else states.new_empty(0)
     return y, final, states
@@ -187,11 +231,11 @@ def _launch(
     if with_states:
         states = plan.new_states(x)
         states[:, 0] = 0.0 if initial_state is None else initial_state
-        plan.fill_states(states, x, B, cum, dt, seg, reverse=False)
+        plan.fill_states(states, x, B, cum, dt, seg)
     y = torch.empty(plan.batch, plan.seqlen, plan.num_heads, plan.head_dim, dtype=x.dtype, device=x.device)
-    ssd_triton.scan_forward[plan.grid(plan.num_heads)](
+    plan.launch(ssd_triton.scan_forward, plan.num_heads, STATES=with_states)(
         x, B, C, cum, dt, seg, states, y, *plan.sizes, plan.num_chunks, plan.num_heads // plan.groups,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], STATES=with_states, **plan.meta,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3],
     )  # fmt: skip
     return y, states
 
@@ -241,38 +285,55 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and the initial state (empty where there are no states)."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    dt, cum = plan.steps(dt, A)
+    given = plan, grad_y, grad_final, x, B, C, *chunk_steps(dt, A, plan.chunk_len), A, segment_ids, states
+    *gradients, grad_states = _launch_backward(*given)
+    dx, ddt, dA, dB, dC = gradients
+    return dx, ddt, dA, dB, dC, grad_states[:, 0].clone() if grad_states.numel() else dA.new_empty(0)
+
+
+def _launch_backward(
+    plan: _Plan,
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    cum: Tensor,
+    A: Tensor,
+    segment_ids: Tensor | None,
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C and of all states (empty where there are none); `dt` and `cum` as `chunk_steps` gives
+    them."""
     seg = _segments(segment_ids, cum)
     with_states = states.numel() > 0
-    grad_states = states
+    grad_states, products = states, cum
     if with_states:
         grad_states = plan.new_states(x)
         grad_states[:, -1] = 0.0 if grad_final is None else grad_final
-        plan.fill_states(grad_states, grad_y, C, cum, dt, seg, reverse=True)
+        products = plan.fill_states(grad_states, grad_y, C, cum, dt, seg, forward=states)
     dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
     ddt, dcum = torch.empty_like(dt), torch.empty_like(dt)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *grad_y.stride()[:3])
-    meta = plan.meta | {"STATES": with_states}
     rep = plan.num_heads // plan.groups
-    ssd_triton.scan_backward_kv[plan.grid(plan.groups)](
+    plan.launch(ssd_triton.scan_backward_kv, plan.groups, STATES=with_states, REP=rep)(
         x, B, C, grad_y, cum, dt, seg, grad_states, dx, dB, ddt, dcum, *plan.sizes, plan.num_chunks,
-        *strides, *dx.stride()[:3], *dB.stride()[:3], REP=rep, **meta,
+        *strides, *dx.stride()[:3], *dB.stride()[:3],
     )  # fmt: skip
-    ssd_triton.scan_backward_q[plan.grid(plan.num_heads)](
+    plan.launch(ssd_triton.scan_backward_q, plan.num_heads, STATES=with_states)(
         x, B, C, grad_y, cum, dt, seg, states, dC, dcum, *plan.sizes, plan.num_chunks, rep,
-        *strides, *dC.stride()[:3], **meta,
+        *strides, *dC.stride()[:3],
     )  # fmt: skip
-    # Through the log decays: a step of token t is in the cum of t and all after it.
-    of_chunks = dcum.view(plan.batch, plan.num_heads, plan.num_chunks, plan.chunk_len)
-    if with_states:
-        # All of a state after a chunk scales with that chunk's total decay.
-        through_state = (grad_states[:, 1:] * states[:, 1:]).sum(dim=(-1, -2))  # (batch, num_chunks, num_heads)
-        of_chunks[..., -1] += through_state.transpose(1, 2)
-    dsteps = (of_chunks.sum(dim=-1, keepdim=True) - of_chunks.cumsum(dim=-1) + of_chunks).view_as(dt)
-    dA = (dsteps * dt).sum(dim=(0, 2))
-    ddt = (ddt + dsteps * A[:, None])[..., : plan.seqlen].transpose(1, 2)
-    initial = grad_states[:, 0].clone() if with_states else dA.new_empty(0)
-    return dx, ddt.contiguous(), dA, dB, dC, initial
+    grad_dt = torch.empty(plan.batch, plan.seqlen, plan.num_heads, dtype=torch.float32, device=x.device)
+    grad_A = torch.empty(plan.batch, plan.num_heads, plan.num_chunks, dtype=torch.float32, device=x.device)
+    tiles = products.shape[-1] if with_states else 1
+    ssd_triton.step_gradients[plan.num_chunks, plan.num_heads, plan.batch](
+        dcum, ddt, dt, A, products, grad_dt, grad_A, *plan.sizes, tiles,
+        BLOCK=triton.next_power_of_2(plan.chunk_len), TILES=triton.next_power_of_2(tiles), STATES=with_states,
+        num_warps=1,
+    )  # fmt: skip
+    return dx, grad_dt, grad_A.sum(dim=(0, 2)), dB, dC, grad_states
 
 
 @_backward.register_fake
