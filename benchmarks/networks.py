@@ -79,14 +79,21 @@ def random_teacher(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 
 def random_stage(
-    name: str, recipe: Recipe, config: StageConfig, teacher: ModelConfig, device: torch.device, *, compiled: bool
+    name: str,
+    recipe: Recipe,
+    config: StageConfig,
+    teacher: ModelConfig,
+    device: torch.device,
+    *,
+    compiled: bool,
+    written_out: bool | None = None,
 ) -> Stage:
-    """A stage as `distill.pipeline` sets it up, on random weights."""
+    """A stage as `distill.pipeline` sets it up, on random weights; `written_out` as `LayerStage` has it."""
     if name == "teacher":
         return TeacherStage(random_teacher(teacher, device, torch.float32), compiled=compiled)
     model = random_teacher(teacher, device, getattr(torch, recipe.frozen_dtype))
     student = make_student(model, *recipe.layer_types(teacher), seed=recipe.seed)
-    return student_stage(name, model, student, config, compiled=compiled)
+    return student_stage(name, model, student, config, compiled=compiled, written_out=written_out)
 
 
 def random_batches(
