@@ -29,6 +29,7 @@ require_triton()
 
 from benchmarks import scan_tiles  # noqa: E402
 from benchmarks.kernels import Shape  # noqa: E402
+from mmmamba.kernels import ssd_op  # noqa: E402
 from mmmamba.kernels.ssd_op import TILES, ssd_scan_triton  # noqa: E402
 
 NAMES = ("y", "state", *(f"gradient of {name}" for name in Inputs._fields))
@@ -140,6 +141,26 @@ def test_kernels_may_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     options: dict[str, Any] = {"chunk_size": 36, "carried": True, "segment_ids": random_ids(1, 75)}
     got = run(ssd_scan_triton, inputs, **options)
     assert_equal(got, run(ssd_scan_chunked, double(inputs), **options), 2 * TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("chunk_size", [36, 128])
+def test_wrong_kernels_of_step_sizes_are_left_out(monkeypatch: pytest.MonkeyPatch, chunk_size: int) -> None:
+    """On a card where they miscompute gradients stay right, with states and without."""
+    inputs = random_inputs(75, 4, 2, batch=1).to(torch.float32)
+    real = ssd_op._step_gradients
+    monkeypatch.setattr(ssd_op, "_step_gradients", lambda *given: tuple(1.1 * grad for grad in real(*given)))
+    options: dict[str, Any] = {"chunk_size": chunk_size, "carried": False, "use_state": False}
+    wanted = run(ssd_scan_chunked, double(inputs), **options)
+    for trusted in (True, False):
+        ssd_op._steps_run.cache_clear()
+        if trusted:
+            monkeypatch.setattr(ssd_op, "MAX_DIFFERENCE", 1.0)
+            with pytest.raises(AssertionError, match="gradient of"):
+                assert_equal(run(ssd_scan_triton, inputs, **options), wanted, 2 * TOLERANCE[torch.float32])
+        else:
+            monkeypatch.setattr(ssd_op, "MAX_DIFFERENCE", 1e-3)
+            assert_equal(run(ssd_scan_triton, inputs, **options), wanted, 2 * TOLERANCE[torch.float32])
+    ssd_op._steps_run.cache_clear()
 
 
 def test_settings_that_are_none() -> None:

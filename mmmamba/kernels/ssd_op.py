@@ -3,8 +3,9 @@ a block in one graph. Importing needs Triton."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmmamba.kernels import fused_ops, ssd_triton
+from mmmamba.kernels import MAX_DIFFERENCE, fused_ops, ssd_triton
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.pointwise import chunk_steps
 from mmmamba.kernels.reference import check_state
 from mmmamba.kernels.segmented import infers_on_cuda, product_dtype
+
+log = logging.getLogger(__name__)
 
 MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
@@ -58,8 +61,8 @@ def ssd_scan_triton(
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow)
     if infers_on_cuda(x):
         plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-        fused = fused_ops(x) is not None
-        steps = chunk_steps(dt.float(), A.float(), plan.chunk_len) if fused else plan.steps(dt.float(), A.float())
+        steps_of = chunk_steps_by_torch if fused_ops(x) is None else chunk_steps
+        steps = steps_of(dt.float(), A.float(), plan.chunk_len)
         y, states = _launch(plan, x, B, C, *steps, initial_state, segment_ids, need_state)
         return y, states[:, -1] if states.numel() else states
     y, final, _ = torch.ops.mmmamba.ssd_forward(
@@ -123,9 +126,8 @@ class _Plan(NamedTuple):
 
     def steps(self, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """(dt, log decay since the chunk's start), both (batch, num_heads, padded), float32."""
-        dt = F.pad(dt.transpose(1, 2), (0, self.padded - self.seqlen)).contiguous()
-        steps = (dt * A[:, None]).view(self.batch, self.num_heads, self.num_chunks, self.chunk_len)
-        return dt, steps.cumsum(dim=-1).view_as(dt)
+        fused = _steps_run(dt.device, triton.next_power_of_2(self.chunk_len), 0)
+        return (chunk_steps if fused else chunk_steps_by_torch)(dt, A, self.chunk_len)
 
     def fill_states(
         self,
@@ -172,7 +174,7 @@ class Scan:
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment_ids: Tensor | None, chunk_size: int
     ) -> None:
         self._plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-        self._steps = chunk_steps(dt, A, self._plan.chunk_len)
+        self._steps = self._plan.steps(dt, A)
         self._given = x, B, C
         self._others = A, segment_ids
         self.y, self._states = _launch(self._plan, *self._given, *self._steps, None, segment_ids, False)
@@ -207,7 +209,7 @@ def _forward(
     """(y, state after the last token, states before every chunk and after the last); the latter two empty where there
     is no need for them."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    y, states = _launch(plan, x, B, C, *chunk_steps(dt, A, plan.chunk_len), initial_state, segment_ids, need_state)
+    y, states = _launch(plan, x, B, C, *plan.steps(dt, A), initial_state, segment_ids, need_state)
     # Results may not share memory.
     final = states[:, -1].clone() if need_state and states.numel() else states.new_empty(0)
     return y, final, states
@@ -285,7 +287,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and the initial state (empty where there are no states)."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    given = plan, grad_y, grad_final, x, B, C, *chunk_steps(dt, A, plan.chunk_len), A, segment_ids, states
+    given = plan, grad_y, grad_final, x, B, C, *plan.steps(dt, A), A, segment_ids, states
     *gradients, grad_states = _launch_backward(*given)
     dx, ddt, dA, dB, dC = gradients
     return dx, ddt, dA, dB, dC, grad_states[:, 0].clone() if grad_states.numel() else dA.new_empty(0)
@@ -304,8 +306,8 @@ def _launch_backward(
     segment_ids: Tensor | None,
     states: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C and of all states (empty where there are none); `dt` and `cum` as `chunk_steps` gives
-    them."""
+    """Gradients of x, dt, A, B, C and of all states (empty where there are none); `dt` and `cum` as `_Plan.steps`
+    gives them."""
     seg = _segments(segment_ids, cum)
     with_states = states.numel() > 0
     grad_states, products = states, cum
@@ -325,15 +327,77 @@ def _launch_backward(
         x, B, C, grad_y, cum, dt, seg, states, dC, dcum, *plan.sizes, plan.num_chunks, rep,
         *strides, *dC.stride()[:3],
     )  # fmt: skip
-    grad_dt = torch.empty(plan.batch, plan.seqlen, plan.num_heads, dtype=torch.float32, device=x.device)
-    grad_A = torch.empty(plan.batch, plan.num_heads, plan.num_chunks, dtype=torch.float32, device=x.device)
-    tiles = products.shape[-1] if with_states else 1
-    ssd_triton.step_gradients[plan.num_chunks, plan.num_heads, plan.batch](
-        dcum, ddt, dt, A, products, grad_dt, grad_A, *plan.sizes, tiles,
-        BLOCK=triton.next_power_of_2(plan.chunk_len), TILES=triton.next_power_of_2(tiles), STATES=with_states,
-        num_warps=1,
+    given = dcum, ddt, dt, A, products if with_states else None, plan.chunk_len, plan.seqlen
+    fused = _steps_run(x.device, triton.next_power_of_2(plan.chunk_len), products.shape[-1] if with_states else 0)
+    grad_dt, grad_A = (_step_gradients if fused else step_gradients_by_torch)(*given)
+    return dx, grad_dt, grad_A, dB, dC, grad_states
+
+
+def chunk_steps_by_torch(dt: Tensor, A: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
+    """`pointwise.chunk_steps` by torch's operators: where the kernel does not run, and what it is held against."""
+    steps = F.pad(dt.transpose(1, 2), (0, -dt.shape[1] % chunk_len)).contiguous()
+    decays = (steps * A[:, None]).unflatten(-1, (-1, chunk_len))
+    return steps, decays.cumsum(dim=-1).view_as(steps)
+
+
+def _step_gradients(
+    dcum: Tensor, ddt: Tensor, dt: Tensor, A: Tensor, products: Tensor | None, chunk_len: int, seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dt (batch, seqlen, num_heads) and A, from those of log decays and of the steps beside them, (batch,
+    num_heads, padded length), and from the products of states and their gradients, where there are states."""
+    batch, heads, padded = dcum.shape
+    chunks, tiles = padded // chunk_len, 1 if products is None else products.shape[-1]
+    grad_dt = torch.empty(batch, seqlen, heads, dtype=torch.float32, device=dcum.device)
+    grad_A = torch.empty(batch, heads, chunks, dtype=torch.float32, device=dcum.device)
+    ssd_triton.step_gradients[chunks, heads, batch](
+        dcum, ddt, dt, A, dcum if products is None else products, grad_dt, grad_A,
+        seqlen, chunk_len, padded, heads, tiles, BLOCK=triton.next_power_of_2(chunk_len),
+        TILES=triton.next_power_of_2(tiles), STATES=products is not None, num_warps=1,
     )  # fmt: skip
-    return dx, grad_dt, grad_A.sum(dim=(0, 2)), dB, dC, grad_states
+    return grad_dt, grad_A.sum(dim=(0, 2))
+
+
+def step_gradients_by_torch(
+    dcum: Tensor, ddt: Tensor, dt: Tensor, A: Tensor, products: Tensor | None, chunk_len: int, seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """The same in some 20 launches: where the kernel does not run, and what it is held against."""
+    of_chunks = dcum.unflatten(-1, (-1, chunk_len))
+    if products is not None:
+        # All of a state after a chunk scales with that chunk's total decay.
+        last = of_chunks[..., -1] + products.sum(dim=-1)
+        of_chunks = torch.cat([of_chunks[..., :-1], last[..., None]], dim=-1)
+    # A step of token t is in the log decays of t and of all after it in its chunk.
+    dsteps = (of_chunks.sum(dim=-1, keepdim=True) - of_chunks.cumsum(dim=-1) + of_chunks).view_as(dt)
+    grad_dt = (ddt + dsteps * A[:, None])[..., :seqlen].transpose(1, 2).contiguous()
+    return grad_dt, (dsteps * dt).sum(dim=(0, 2))
+
+
+@cache
+def _steps_run(device: torch.device, block: int, tiles: int) -> bool:
+    """Whether step sizes and their gradients are those of torch's operators on a device, for chunks of up to `block`
+    tokens and states of so many tiles (0: without states); looked at once."""
+    draw = torch.Generator().manual_seed(0)
+    chunk_len = block - block // 4
+    seqlen = 2 * chunk_len - chunk_len // 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device)
+
+    dt, A, products = random(1, seqlen, 2).abs(), random(2), random(1, 2, 2, tiles) if tiles else None
+    by_torch = chunk_steps_by_torch(dt, A, chunk_len)
+    dcum, ddt = (random(1, 2, 2 * chunk_len) for _ in range(2))
+    given = dcum, ddt, by_torch[0], A, products, chunk_len, seqlen
+    try:
+        found = *chunk_steps(dt, A, chunk_len), *_step_gradients(*given)
+        pairs = zip(found, (*by_torch, *step_gradients_by_torch(*given)), strict=True)
+        difference = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+    except Exception as error:  # whatever a broken build or compiler raises means "not here"
+        log.info("step sizes of the scan: torch (Triton fails: %s: %s)", type(error).__name__, error)
+        return False
+    if not difference <= MAX_DIFFERENCE:
+        log.warning("step sizes of the scan: torch (the kernels differ by %.2g on this card)", difference)
+        return False
+    return True
 
 
 @_backward.register_fake
