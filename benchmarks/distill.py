@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -34,6 +34,7 @@ from benchmarks.networks import random_batches, random_stage, teacher_config, wi
 from benchmarks.report import spread
 from distill.config import STUDENT_STAGES, Recipe, StageConfig
 from distill.distributed import Processes, end_process
+from distill.layer_step import Layers
 from distill.memory import StudentStage, step_memory
 from distill.recompute import recompute_blocks_
 from distill.runner import WeightedInputs
@@ -49,12 +50,10 @@ _RECOMPUTE: dict[str, tuple[bool | None, ...]] = {
     "off": (False,),
     "both": (False, True),
 }
-# Ways to run the layers of stages 1 and 2: as the device has them, or as they are named.
-_LAYERS: dict[str, tuple[bool | None, ...]] = {
-    "auto": (None,),
-    "written-out": (True,),
-    "autograd": (False,),
-    "both": (False, True),
+# How the layers of stages 1 and 2 run, by the option's value.
+_LAYERS: dict[str, tuple[Layers, ...]] = {
+    **{way: (way,) for way in get_args(Layers)},
+    "both": ("written-out", "autograd"),
 }
 
 
@@ -66,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-batch", type=int, help="rows a step, instead of the recipe's")
     about = "compute blocks again in stage 3's backward pass: as the recipe says, or not, or each in turn"
     parser.add_argument("--recompute", choices=tuple(_RECOMPUTE), default="recipe", help=about)
-    about = (
-        "layers of stages 1 and 2 in kernels written out, by autograd, each in turn, or what runs here (%(default)s)"
-    )
+    about = "layers of stages 1 and 2 in kernels written out, by autograd, each in turn, or as training has them here"
     parser.add_argument("--layers", choices=tuple(_LAYERS), default="auto", help=about)
     parser.add_argument("--all-tokens", action="store_true", help="stage 3 learns every token, not only answers")
     about = "where HoVLE shuffles pixels; post: 1,024 tokens a tile in the embedding stack (%(default)s)"
@@ -124,12 +121,12 @@ class _Bench:
         for name in names:
             for recompute in _RECOMPUTE[self.args.recompute] if name == "stage3" else (None,):
                 config = with_rows(self.recipe.stages[name], self.args.image_batch, recompute)
-                for layers in _LAYERS[self.args.layers] if name in ("stage1", "stage2") else (None,):
+                for layers in _LAYERS[self.args.layers] if name in ("stage1", "stage2") else ("auto",):
                     self._record(self._facts(name, config) | self._stage(name, config, layers))
         self._say(json.dumps({"benchmark": "distill", "records": self.records}))
         return int(any("failed" in record for record in self.records))
 
-    def _stage(self, name: str, config: StageConfig, layers: bool | None) -> dict[str, Any]:
+    def _stage(self, name: str, config: StageConfig, layers: Layers) -> dict[str, Any]:
         """What is measured of one stage; its memory is given up on return."""
         try:
             return self._measure(name, config, layers)
@@ -139,7 +136,7 @@ class _Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _measure(self, name: str, config: StageConfig, layers: bool | None) -> dict[str, Any]:
+    def _measure(self, name: str, config: StageConfig, layers: Layers) -> dict[str, Any]:
         reset_peak_memory(self.device)
         stage: Stage | None = None
         loop: Loop | None = None
@@ -194,9 +191,9 @@ class _Bench:
             "together_peak_bytes": peak_memory_bytes(self.device),
         }
 
-    def _prepare(self, name: str, config: StageConfig, layers: bool | None) -> tuple[Stage, Loop, WeightedInputs]:
-        options = {"compiled": self.args.compile, "written_out": layers}
-        stage = random_stage(name, self.recipe, config, self.teacher, self.device, **options)
+    def _prepare(self, name: str, config: StageConfig, layers: Layers) -> tuple[Stage, Loop, WeightedInputs]:
+        compiled = self.args.compile
+        stage = random_stage(name, self.recipe, config, self.teacher, self.device, compiled=compiled, layers=layers)
         parameters = check_trained(name, stage)
         if config.activation_checkpointing:
             recompute_blocks_(stage.networks())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,10 @@ from mmmamba.kernels import MAX_DIFFERENCE
 from mmmamba.kernels.segmented import product_dtype
 from mmmamba.mixer import GATE_NORM_EPS
 from mmmamba.segments import Segments
+
+Layers = Literal["auto", "written-out", "autograd"]
+# Compute capabilities of the cards on which steps written out were measured and found faster: "auto" takes them there.
+MEASURED: frozenset[tuple[int, int]] = frozenset()
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +117,31 @@ def _add_(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad.add_(gradient)
 
 
+def choose(layers: Layers, device: torch.device, *, compiled: bool) -> bool:
+    """Whether layers run written out, logged with the reason. "auto": where that was measured, and a step is compiled.
+
+    Raises: ValueError if they are to, and their kernels do not run on the device.
+    """
+    if layers == "written-out" and not runs_on(device):
+        raise ValueError(f'layers "written-out" cannot run on {device}; the log says why; use "auto" or "autograd"')
+    if layers != "auto" or device.type != "cuda":
+        return layers == "written-out"
+    capability = torch.cuda.get_device_capability(device)
+    if not compiled or capability not in MEASURED:
+        why = (
+            f"not measured on cards of compute capability {'.'.join(map(str, capability))}"
+            if compiled
+            else "uncompiled"
+        )
+        log.info('layers of stages 1 and 2: by autograd (%s; "written-out" takes the kernels)', why)
+        return False
+    return runs_on(device)
+
+
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether steps written out are taken on a device: decided once and logged with the reason, after a look at what
-    they compute there."""
+    """Whether steps written out run on a device: found out once and logged with the reason, by a look at what they
+    compute there."""
     if device.type != "cuda":
         log.info("layers of stages 1 and 2: by autograd (device is %s, the kernels need cuda)", device.type)
         return False

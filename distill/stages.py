@@ -21,7 +21,7 @@ from distill.chunked_loss import Loss, chunked_loss
 from distill.config import StageConfig
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
-from distill.layer_step import LayerStep, runs_on
+from distill.layer_step import Layers, LayerStep, choose
 from distill.losses import MSE_SCALE, Objective, layer_mse
 from mmmamba.kernels import select_scan, select_segment_attention, training_chunk
 from mmmamba.layers import RopeTables
@@ -214,8 +214,7 @@ class LayerStage(Stage):
 
     Args:
         train_decay: whether decays and step sizes (`A_log`, `dt_bias`) train too.
-        written_out: whether layers run as `LayerStep` has them or by autograd; None: the former if compiled, where its
-            kernels run.
+        written_out: whether layers run as `LayerStep` has them or by autograd.
     """
 
     def __init__(
@@ -226,7 +225,7 @@ class LayerStage(Stage):
         train_vkq: bool,
         compiled: bool,
         train_decay: bool = True,
-        written_out: bool | None = None,
+        written_out: bool = False,
     ) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
@@ -236,8 +235,6 @@ class LayerStage(Stage):
         self.trains = _trained_kinds(train_vkq=train_vkq, train_decay=train_decay)
         if compiled:
             prepare_to_compile(student)
-        if written_out is None:
-            written_out = compiled and runs_on(next(student.parameters()).device)
         self.written_out = written_out
         options = {"compiled": compiled, "written_out": written_out}
         self.model = _with_mixers(
@@ -342,13 +339,17 @@ def student_stage(
     config: StageConfig,
     *,
     compiled: bool,
-    written_out: bool | None = None,
+    layers: Layers = "auto",
 ) -> Stage:
-    """Stage 1, 2 or 3 by its name, as its config wants it; `written_out` as `LayerStage` has it."""
+    """Stage 1, 2 or 3 by its name, as its config wants it; `layers`: how those of stages 1 and 2 run.
+
+    Raises: ValueError if they cannot run so here.
+    """
     shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
     if name == "stage3":
         return LogitsStage(teacher, student, objective=config.objective, **shared)
-    return LayerStage(teacher, student, train_vkq=name == "stage2", written_out=written_out, **shared)
+    shared["written_out"] = choose(layers, next(student.parameters()).device, compiled=compiled)
+    return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 
 def _trained_kinds(*, train_vkq: bool, train_decay: bool) -> frozenset[str]:
