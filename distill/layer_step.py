@@ -150,7 +150,7 @@ def runs_on(device: torch.device) -> bool:
         torch.backends.cuda.matmul.allow_tf32 = False  # its rounding would drown what is looked for
         difference = disagreement(device)
     except Exception as error:  # as for the scans: whatever a broken build or compiler raises means "not here"
-        log.info("layers of stages 1 and 2: by autograd (Triton fails: %s: %s)", type(error).__name__, error)
+        log.warning("layers of stages 1 and 2: by autograd (Triton fails: %s: %s)", type(error).__name__, error)
         return False
     finally:
         torch.backends.cuda.matmul.allow_tf32 = narrow

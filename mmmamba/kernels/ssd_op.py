@@ -392,7 +392,7 @@ def _steps_run(device: torch.device, block: int, tiles: int) -> bool:
         pairs = zip(found, (*by_torch, *step_gradients_by_torch(*given)), strict=True)
         difference = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
     except Exception as error:  # whatever a broken build or compiler raises means "not here"
-        log.info("step sizes of the scan: torch (Triton fails: %s: %s)", type(error).__name__, error)
+        log.warning("step sizes of the scan: torch (Triton fails: %s: %s)", type(error).__name__, error)
         return False
     if not difference <= MAX_DIFFERENCE:
         log.warning("step sizes of the scan: torch (the kernels differ by %.2g on this card)", difference)
