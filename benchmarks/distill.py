@@ -3,6 +3,7 @@
     python -m benchmarks.distill --recipe hovle-2.6b-linear --stages stage1,stage2,stage3 --out distill.jsonl
     torchrun --nproc-per-node 2 -m benchmarks.distill --recipe hovle-2.6b-linear --stages stage3
     python -m benchmarks.distill --recipe nano-linear --stages teacher,stage3 --graph
+    python -m benchmarks.distill --recipe hovle-2.6b-linear --stages stage1 --layers both
 
 A step is the trainer's own: batches from page-locked memory, forward, backward, averaging over the processes, clipping,
 optimizer; reading and drawing samples is left out. Speed does not depend on the values of weights and tokens. A JSON
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -33,9 +34,11 @@ from benchmarks.networks import random_batches, random_stage, teacher_config, wi
 from benchmarks.report import spread
 from distill.config import STUDENT_STAGES, Recipe, StageConfig
 from distill.distributed import Processes, end_process
+from distill.layer_step import Layers
 from distill.memory import StudentStage, step_memory
 from distill.recompute import recompute_blocks_
 from distill.runner import WeightedInputs
+from distill.stages import LayerStage, Stage
 from distill.trained import check_trained
 from distill.trainer import ONE_PROCESS, Loop
 from mmmamba.config import ModelConfig
@@ -47,6 +50,11 @@ _RECOMPUTE: dict[str, tuple[bool | None, ...]] = {
     "off": (False,),
     "both": (False, True),
 }
+# How the layers of stages 1 and 2 run, by the option's value.
+_LAYERS: dict[str, tuple[Layers, ...]] = {
+    **{way: (way,) for way in get_args(Layers)},
+    "both": ("written-out", "autograd"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-batch", type=int, help="rows a step, instead of the recipe's")
     about = "compute blocks again in stage 3's backward pass: as the recipe says, or not, or each in turn"
     parser.add_argument("--recompute", choices=tuple(_RECOMPUTE), default="recipe", help=about)
+    about = "layers of stages 1 and 2 in kernels written out, by autograd, each in turn, or as training has them here"
+    parser.add_argument("--layers", choices=tuple(_LAYERS), default="auto", help=about)
     parser.add_argument("--all-tokens", action="store_true", help="stage 3 learns every token, not only answers")
     about = "where HoVLE shuffles pixels; post: 1,024 tokens a tile in the embedding stack (%(default)s)"
     parser.add_argument("--pixel-shuffle", choices=("pre", "post"), default="post", help=about)
@@ -111,28 +121,30 @@ class _Bench:
         for name in names:
             for recompute in _RECOMPUTE[self.args.recompute] if name == "stage3" else (None,):
                 config = with_rows(self.recipe.stages[name], self.args.image_batch, recompute)
-                self._record(self._facts(name, config) | self._stage(name, config))
+                for layers in _LAYERS[self.args.layers] if name in ("stage1", "stage2") else ("auto",):
+                    self._record(self._facts(name, config) | self._stage(name, config, layers))
         self._say(json.dumps({"benchmark": "distill", "records": self.records}))
         return int(any("failed" in record for record in self.records))
 
-    def _stage(self, name: str, config: StageConfig) -> dict[str, Any]:
+    def _stage(self, name: str, config: StageConfig, layers: Layers) -> dict[str, Any]:
         """What is measured of one stage; its memory is given up on return."""
         try:
-            return self._measure(name, config)
+            return self._measure(name, config, layers)
         finally:
             torch.compiler.reset()
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _measure(self, name: str, config: StageConfig) -> dict[str, Any]:
+    def _measure(self, name: str, config: StageConfig, layers: Layers) -> dict[str, Any]:
         reset_peak_memory(self.device)
+        stage: Stage | None = None
         loop: Loop | None = None
         batches: WeightedInputs = []
         problem: dict[str, str] = {}
         first_s = 0.0
         try:
-            loop, batches = self._prepare(name, config)
+            stage, loop, batches = self._prepare(name, config, layers)
             first_s = self._step_ms(loop, batches) / 1e3
             for _ in range(WARM_UP_STEPS - 1):
                 self._step_ms(loop, batches)
@@ -146,6 +158,8 @@ class _Bench:
             return found[0] | {"peak_bytes": peak_memory_bytes(self.device)}
         assert loop is not None
         record = self._describe(name, batches) | {"first_s": round(first_s, 1)}
+        if isinstance(stage, LayerStage):
+            record["layers"] = "written-out" if stage.written_out else "autograd"
         if self.processes.is_main:
             alone = [self._step_ms(loop, batches) for _ in range(self.args.steps)]
         self.processes.wait()
@@ -177,14 +191,15 @@ class _Bench:
             "together_peak_bytes": peak_memory_bytes(self.device),
         }
 
-    def _prepare(self, name: str, config: StageConfig) -> tuple[Loop, WeightedInputs]:
-        stage = random_stage(name, self.recipe, config, self.teacher, self.device, compiled=self.args.compile)
+    def _prepare(self, name: str, config: StageConfig, layers: Layers) -> tuple[Stage, Loop, WeightedInputs]:
+        compiled = self.args.compile
+        stage = random_stage(name, self.recipe, config, self.teacher, self.device, compiled=compiled, layers=layers)
         parameters = check_trained(name, stage)
         if config.activation_checkpointing:
             recompute_blocks_(stage.networks())
         graph = self.args.graph and self.device.type == "cuda"
         loop = Loop(name, stage, config, parameters, ONE_PROCESS, graph=graph, estimate=None)
-        return loop, random_batches(self.recipe, config, stage, fixed_shapes=graph)
+        return stage, loop, random_batches(self.recipe, config, stage, fixed_shapes=graph)
 
     def _step_ms(self, loop: Loop, batches: WeightedInputs) -> float:
         synchronize(self.device)

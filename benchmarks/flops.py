@@ -155,12 +155,13 @@ def _backward(student: ModelConfig, inputs: Inputs) -> Flops:
 
 
 def _mixers(student: ModelConfig, inputs: Inputs, *, train_vkq: bool) -> Flops:
-    """Forward and backward of stages 1 and 2, each mixer by itself."""
+    """Forward and backward of stages 1 and 2, each mixer by itself. In stage 1 its V, K and Q are the teacher's, whose
+    product is in the teacher's pass already, whether it is made once or twice."""
     total = Flops()
     for stack in student.stacks:
         tokens = 2.0 * _tokens(stack, inputs)
         vkq, _ = mixer_parameters(stack)
         own = _in_weights(stack, "mamba2")
-        one = Flops(layers=tokens * (own + (own if train_vkq else own - vkq))) + _scan(stack, inputs).times(3)
+        one = Flops(layers=tokens * 2 * (own if train_vkq else own - vkq)) + _scan(stack, inputs).times(3)
         total += one.times(stack.layer_types.count("mamba2"))
     return total

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{floors[1]:.3f} ms",
             flush=True,
         )
-        inputs, ids = _inputs(shape, device, dtype)
+        inputs, ids = random_inputs(shape, device, dtype)
         wanted = _results(ssd_scan_chunked, [t.double() for t in inputs], ids, shape)
         for impl in args.impls.split(","):
             record = {"shape": name, "impl": impl, "floor_ms": [round(f, 4) for f in floors]}
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
     """x, dt, A, B, C as a mixer passes them, and the segment ids."""
     g = torch.Generator().manual_seed(0)
     batch, seqlen, heads, kv_heads, dim = shape[:5]

@@ -13,6 +13,7 @@ from distill.convert import make_student
 from distill.data.batches import Batch
 from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
 from distill.inputs import Inputs, prepare
+from distill.layer_step import Layers
 from distill.nano import nano_config
 from distill.stages import Stage, TeacherStage, student_stage
 from mmmamba.config import EmbeddingConfig, LanguageConfig, ModelConfig
@@ -79,14 +80,21 @@ def random_teacher(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 
 def random_stage(
-    name: str, recipe: Recipe, config: StageConfig, teacher: ModelConfig, device: torch.device, *, compiled: bool
+    name: str,
+    recipe: Recipe,
+    config: StageConfig,
+    teacher: ModelConfig,
+    device: torch.device,
+    *,
+    compiled: bool,
+    layers: Layers = "auto",
 ) -> Stage:
-    """A stage as `distill.pipeline` sets it up, on random weights."""
+    """A stage as `distill.pipeline` sets it up, on random weights; `layers` as `student_stage` has it."""
     if name == "teacher":
         return TeacherStage(random_teacher(teacher, device, torch.float32), compiled=compiled)
     model = random_teacher(teacher, device, getattr(torch, recipe.frozen_dtype))
     student = make_student(model, *recipe.layer_types(teacher), seed=recipe.seed)
-    return student_stage(name, model, student, config, compiled=compiled)
+    return student_stage(name, model, student, config, compiled=compiled, layers=layers)
 
 
 def random_batches(

@@ -26,6 +26,7 @@ from distill.distributed import Processes, end_process
 from distill.evaluate import held_out_questions
 from distill.failures import write_failures
 from distill.faults import Interrupted
+from distill.layer_step import Layers
 from distill.pipeline import Run, convert, export, export_upstream, run_all, train_stage, train_teacher
 from distill.reading import printed_error_rate
 from distill.rounding import storage_spec
@@ -207,6 +208,7 @@ def _run(args: argparse.Namespace) -> Run:
         graph=trains and args.graph,
         shard=trains and args.shard,
         tensorboard=args.tensorboard if trains else None,
+        layers=getattr(args, "layers", "auto"),
     )
 
 
@@ -242,6 +244,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="take stages 1 and 2 from this student of the same teacher: a linear one's serve a hybrid",
     )
+    for sub in (stages["stage1"], stages["stage2"], everything):
+        about = (
+            "how layers of stages 1 and 2 run on an NVIDIA GPU: in fused kernels, by autograd, or (auto) in kernels "
+        )
+        about += "where these were measured and agree with autograd"
+        sub.add_argument("--layers", choices=get_args(Layers), default="auto", help=about)
     for sub in (stages["stage3"], everything):
         about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"
         sub.add_argument("--all-tokens", action="store_true", help=about)

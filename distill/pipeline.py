@@ -18,6 +18,7 @@ from distill.data.packed_stream import same_parts
 from distill.distributed import Processes
 from distill.evaluate import accuracy
 from distill.kept import CONVERT, ORDER, Kept, whole_mixers
+from distill.layer_step import Layers
 from distill.memory import StageMemory, StudentStage, step_memory
 from distill.monitor import append_line
 from distill.nano import new_teacher
@@ -46,6 +47,7 @@ class Run:
     graph: bool = False
     shard: bool = False
     tensorboard: Path | None = None
+    layers: Layers = "auto"  # how those of stages 1 and 2 run
 
     @property
     def loading_device(self) -> torch.device:
@@ -144,7 +146,8 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     student = make_student(teacher, *types, seed=run.recipe.seed)
     kept.load_(_before(run.recipe, name, kept), student)
     config = run.recipe.stages[name]
-    stage = student_stage(name, teacher, student, config, compiled=run.compiled and not run.shard)
+    compiled = run.compiled and not run.shard
+    stage = student_stage(name, teacher, student, config, compiled=compiled, layers=run.layers)
     data = run.data(teacher)
     store = kept.checkpoints(name, run.recipe.facts(name))
     trained = _train(run, name, stage, data, store, _estimate(run, name, student))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from distill.chunked_loss import Loss, chunked_loss
 from distill.config import StageConfig
 from distill.convert import make_student
 from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
+from distill.layer_step import Layers, LayerStep, choose
 from distill.losses import MSE_SCALE, Objective, layer_mse
 from mmmamba.kernels import select_scan, select_segment_attention, training_chunk
 from mmmamba.layers import RopeTables
@@ -158,10 +159,13 @@ class TeacherStage(Stage):
 class PairedMixer(nn.Module):
     """Stands in for a teacher's attention: passes its output on, and trains a mixer to give the same for the same.
 
-    The backward pass of a layer runs at once, so that no activations outlive it.
+    The backward pass of a layer runs at once, so that no activations outlive it. Args: written_out: take `LayerStep`
+    where it fits, instead of autograd.
     """
 
-    def __init__(self, attention: Any, mixer: Mamba2Mixer, num_layers: int, *, compiled: bool) -> None:
+    def __init__(
+        self, attention: Any, mixer: Mamba2Mixer, num_layers: int, *, compiled: bool, written_out: bool
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.mixer = mixer
@@ -169,8 +173,12 @@ class PairedMixer(nn.Module):
         self.weight = 1.0
         self.loss = torch.zeros(())
         self.real: Tensor | None = None  # of packed rows: the positions that count
-        self._attend = torch.compile(attention.mix, dynamic=False) if compiled else attention.mix
-        self._error = torch.compile(self._mse, dynamic=False) if compiled else self._mse
+        self.step = LayerStep(attention, mixer) if written_out else None
+
+        def compile_(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return torch.compile(fn, dynamic=False) if compiled else fn
+
+        self._mix, self._attend, self._error = map(compile_, (attention.mix, attention.attend, self._mse))
 
     def _mse(self, x: Tensor, target: Tensor, segments: Segments | None, real: Tensor | None) -> Tensor:
         return layer_mse(self.mixer.mix(x, None, 0, None, segments), target, real)
@@ -185,11 +193,18 @@ class PairedMixer(nn.Module):
         padding: Padding | None = None,
     ) -> Tensor:
         assert padding is None, "as in the attention that it stands for"
+        factor = self.weight * self.scale
+        if self.step is not None and self.step.fits(x):
+            with torch.no_grad():
+                qkv = self.attention.in_proj(x)
+                target = self._attend(qkv, None, seqlen_offset, rope, segments)
+                self.loss = self.step.run(x, qkv, target, segments, self.real, factor)
+            return self.attention.out_proj(target)
         with torch.no_grad():
-            target = self._attend(x, None, seqlen_offset, rope, segments)
+            target = self._mix(x, None, seqlen_offset, rope, segments)
         with torch.enable_grad():
             loss = self._error(x.detach(), target, segments, self.real)
-            (self.weight * self.scale * loss).backward()
+            (factor * loss).backward()
         self.loss = loss.detach()
         return self.attention.out_proj(target)
 
@@ -197,19 +212,33 @@ class PairedMixer(nn.Module):
 class LayerStage(Stage):
     """Stages 1 and 2: one pass of the teacher feeds the mixers of all layers.
 
-    Args: train_decay: whether decays and step sizes (`A_log`, `dt_bias`) train too.
+    Args:
+        train_decay: whether decays and step sizes (`A_log`, `dt_bias`) train too.
+        written_out: whether layers run as `LayerStep` has them or by autograd.
     """
 
     def __init__(
-        self, teacher: MMMamba, student: MMMamba, *, train_vkq: bool, compiled: bool, train_decay: bool = True
+        self,
+        teacher: MMMamba,
+        student: MMMamba,
+        *,
+        train_vkq: bool,
+        compiled: bool,
+        train_decay: bool = True,
+        written_out: bool = False,
     ) -> None:
         pairs = list(paired_layers(teacher, student))
         student.requires_grad_(False)
+        for _, layer in pairs:
+            _train_mixer(layer.mixer, train_decay)
+            layer.mixer.in_proj.vkq.requires_grad_(train_vkq)
         self.trains = _trained_kinds(train_vkq=train_vkq, train_decay=train_decay)
         if compiled:
             prepare_to_compile(student)
+        self.written_out = written_out
+        options = {"compiled": compiled, "written_out": written_out}
         self.model = _with_mixers(
-            teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), compiled=compiled) for t, s in pairs}
+            teacher, {id(t.mixer): PairedMixer(t.mixer, s.mixer, len(pairs), **options) for t, s in pairs}
         )
         if compiled:
             _compile_around_mixers(self.model)
@@ -217,10 +246,6 @@ class LayerStage(Stage):
         of_stacks = [[m for m in stack.modules() if isinstance(m, PairedMixer)] for stack in stacks]
         self.paired = [paired for found in of_stacks for paired in found]
         self.in_language = [False] * len(of_stacks[0]) + [True] * len(of_stacks[1])
-        for paired in self.paired:
-            mixer: Any = paired.mixer
-            _train_mixer(mixer, train_decay)
-            mixer.in_proj.vkq.requires_grad_(train_vkq)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -307,11 +332,23 @@ class LogitsStage(Stage):
         )
 
 
-def student_stage(name: str, teacher: MMMamba, student: MMMamba, config: StageConfig, *, compiled: bool) -> Stage:
-    """Stage 1, 2 or 3 by its name, as its config wants it."""
+def student_stage(
+    name: str,
+    teacher: MMMamba,
+    student: MMMamba,
+    config: StageConfig,
+    *,
+    compiled: bool,
+    layers: Layers = "auto",
+) -> Stage:
+    """Stage 1, 2 or 3 by its name, as its config wants it; `layers`: how those of stages 1 and 2 run.
+
+    Raises: ValueError if they cannot run so here.
+    """
     shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
     if name == "stage3":
         return LogitsStage(teacher, student, objective=config.objective, **shared)
+    shared["written_out"] = choose(layers, next(student.parameters()).device, compiled=compiled)
     return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 

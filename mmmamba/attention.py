@@ -47,10 +47,21 @@ class Attention(nn.Module):
         segments: Segments | None = None,
     ) -> Tensor:
         """Per-head outputs before the output projection, heads side by side: (batch, seqlen, hidden_size)."""
+        return self.attend(self.in_proj(x), state, seqlen_offset, rope, segments)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        state: KVState | None,
+        seqlen_offset: int,
+        rope: RopeTables | None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """What `mix` does behind the input projection: rows of `in_proj` to per-head outputs, heads side by side."""
         assert rope is not None, "attention layers need rotary tables"
-        batch, seqlen, _ = x.shape
+        batch, seqlen, _ = qkv.shape
         rep = self.num_heads // self.num_kv_heads
-        qkv = self.in_proj(x).view(batch, seqlen, self.num_kv_heads, rep + 2, self.head_dim)
+        qkv = qkv.view(batch, seqlen, self.num_kv_heads, rep + 2, self.head_dim)
         q, k, v = qkv.split([rep, 1, 1], dim=3)
         q = q.reshape(batch, seqlen, self.num_heads, self.head_dim).transpose(1, 2)
         k, v = (t.squeeze(3).transpose(1, 2) for t in (k, v))  # (batch, num_kv_heads, seqlen, head_dim)
@@ -81,6 +92,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(seqlen, k.shape[2]))
         else:
             total = seqlen_offset + seqlen
-            mask = torch.ones(seqlen, total, dtype=torch.bool, device=x.device).tril(seqlen_offset)
+            mask = torch.ones(seqlen, total, dtype=torch.bool, device=qkv.device).tril(seqlen_offset)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=rep > 1)
         return y.transpose(1, 2).reshape(batch, seqlen, -1)

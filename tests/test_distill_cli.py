@@ -245,6 +245,8 @@ def test_what_the_steps_refuse(tmp_path: Path) -> None:
         main(["run", *common(tmp_path, short), *options[-2:]])
     with pytest.raises(ValueError, match="--shard spreads the weights over several processes, and there is one"):
         main(["stage1", *options, "--shard"])
+    with pytest.raises(ValueError, match='layers "written-out" cannot run on cpu'):
+        main(["stage1", *options, "--layers", "written-out"])
     with pytest.raises(ValueError, match=r"the model is a linear student; pass its teacher"):
         main(["convert", "--recipe", str(recipe), "--teacher", str(tmp_path / "out"), "--out", str(tmp_path / "x")])
 

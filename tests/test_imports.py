@@ -161,7 +161,7 @@ def test_the_model_needs_no_user_interface() -> None:
 NEED_TRITON = {
     *(f"mmmamba/decoder/{name}.py" for name in ("check", "fused", "layers", "one_launch", "session", "workspace")),
     *(f"mmmamba/kernels/{name}.py" for name in ("gemm", "gemv", "pointwise", "rows", "sampler", "split_kv", "step")),
-    *(f"mmmamba/kernels/{name}.py" for name in ("ssd_op", "ssd_triton")),
+    *(f"mmmamba/kernels/{name}.py" for name in ("mixer_train", "ssd_op", "ssd_triton")),
     "benchmarks/decode_parts.py",
 }
 

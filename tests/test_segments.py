@@ -124,8 +124,19 @@ def varlen_with_a_flag(
     return out
 
 
+def varlen_of_groups(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    window_size: tuple[int, int], enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """As torch has it later: groups of heads are taken as they are, once it is told so."""
+    rep = query.shape[1] // key.shape[1]
+    assert enable_gqa == (rep > 1)
+    key, value = (t.repeat_interleave(rep, dim=1) for t in (key, value))
+    return varlen_by_loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
 @pytest.mark.usefixtures("fresh_choice")
-@pytest.mark.parametrize("flash", [varlen_by_loop, varlen_with_a_flag])
+@pytest.mark.parametrize("flash", [varlen_by_loop, varlen_with_a_flag, varlen_of_groups])
 def test_rows_reach_flash_attention_in_its_terms(flash: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", flash)
@@ -133,6 +144,7 @@ def test_rows_reach_flash_attention_in_its_terms(flash: Any, monkeypatch: pytest
     q, k, v = heads(6)
     want = attention_apart(q, k, v)
     narrow = [t.bfloat16() for t in (q, k, v)]
+    assert q.shape[1] > k.shape[1]
     assert_near("y", attend(*narrow, Segments.of(IDS, 9)), want, 2 * TOLERANCE[torch.bfloat16])
     with torch.autocast("cpu", torch.bfloat16):  # rotated in float32, as a mixer under autocast passes them
         y = attend(*(t.float() for t in (q, k, v)), Segments.of(IDS, 9))

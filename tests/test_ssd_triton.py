@@ -27,7 +27,10 @@ from tests.interpreter import require_triton
 
 require_triton()
 
-from mmmamba.kernels.ssd_op import ssd_scan_triton  # noqa: E402
+from benchmarks import scan_tiles  # noqa: E402
+from benchmarks.kernels import Shape  # noqa: E402
+from mmmamba.kernels import ssd_op  # noqa: E402
+from mmmamba.kernels.ssd_op import TILES, ssd_scan_triton  # noqa: E402
 
 NAMES = ("y", "state", *(f"gradient of {name}" for name in Inputs._fields))
 
@@ -117,6 +120,56 @@ def test_without_a_state_none_is_made() -> None:
     y, _, states = torch.ops.mmmamba.ssd_forward(*inputs[:5], None, None, 512, False)
     assert states.numel() == 0
     assert y.shape == (1, 20, 2, 8)
+
+
+@pytest.mark.parametrize("setting", ["16x4x2", "64x8x1", "32x4x1x128"])
+def test_other_tiles_give_the_same(setting: str) -> None:
+    inputs = random_inputs(75, 4, 2, batch=1).to(torch.float32)
+    tiles = scan_tiles.parse(setting)
+    tiles.pop("maxnreg", None)  # of a real compiler alone
+    shape = Shape(1, 75, 4, 2, 8, 36)
+    wanted = scan_tiles.run(shape, list(inputs[:5]), random_ids(1, 75), {})
+    found = scan_tiles.run(shape, list(inputs[:5]), random_ids(1, 75), tiles)
+    assert scan_tiles.difference(found, wanted) < 1e-5
+    assert TILES == {}, "settings are those of one run"
+
+
+def test_kernels_may_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(75, 4, 2, batch=1).to(torch.float32)
+    for name, block in (("chunk_states", 16), ("scan_forward", 64), ("scan_backward_kv", 16), ("scan_backward_q", 32)):
+        monkeypatch.setitem(TILES, name, {"BLOCK": block})
+    options: dict[str, Any] = {"chunk_size": 36, "carried": True, "segment_ids": random_ids(1, 75)}
+    got = run(ssd_scan_triton, inputs, **options)
+    assert_equal(got, run(ssd_scan_chunked, double(inputs), **options), 2 * TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("chunk_size", [36, 128])
+def test_wrong_kernels_of_step_sizes_are_left_out(monkeypatch: pytest.MonkeyPatch, chunk_size: int) -> None:
+    """On a card where they miscompute gradients stay right, with states and without."""
+    inputs = random_inputs(75, 4, 2, batch=1).to(torch.float32)
+    real = ssd_op._step_gradients
+    monkeypatch.setattr(ssd_op, "_step_gradients", lambda *given: tuple(1.1 * grad for grad in real(*given)))
+    options: dict[str, Any] = {"chunk_size": chunk_size, "carried": False, "use_state": False}
+    wanted = run(ssd_scan_chunked, double(inputs), **options)
+    for trusted in (True, False):
+        ssd_op._steps_run.cache_clear()
+        if trusted:
+            monkeypatch.setattr(ssd_op, "MAX_DIFFERENCE", 1.0)
+            with pytest.raises(AssertionError, match="gradient of"):
+                assert_equal(run(ssd_scan_triton, inputs, **options), wanted, 2 * TOLERANCE[torch.float32])
+        else:
+            monkeypatch.setattr(ssd_op, "MAX_DIFFERENCE", 1e-3)
+            assert_equal(run(ssd_scan_triton, inputs, **options), wanted, 2 * TOLERANCE[torch.float32])
+    ssd_op._steps_run.cache_clear()
+
+
+def test_settings_that_are_none() -> None:
+    assert scan_tiles.parse("64x8x2x128") == {"BLOCK": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    for wrong in ("64x8", "64x8x2x1x1", "64xax2"):
+        with pytest.raises(ValueError, match=f'setting "{wrong}" is not known; use BLOCKxWARPSxSTAGES'):
+            scan_tiles.parse(wrong)
+    with pytest.raises(SystemExit):
+        scan_tiles.main([])
 
 
 def test_strided_inputs_are_not_copied_wrong() -> None:

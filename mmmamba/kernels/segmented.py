@@ -34,17 +34,19 @@ def load_varlen() -> tuple[Callable[..., Tensor] | None, str]:
 
 def _adapt(flash: Any) -> Callable[..., Tensor]:
     # Causal is a window without anything to the right, or a flag, as torch's version has it.
-    windowed = "window_size" in inspect.signature(flash).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
+    parameters = inspect.signature(flash).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    groups = "enable_gqa" in parameters  # where it is known keys and values need no copies for their query heads
 
     def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         batch, num_heads, seqlen, head_dim = q.shape
         rep = num_heads // k.shape[1]
         dtype = product_dtype(q)
         q, k, v = (t.to(dtype).transpose(1, 2).reshape(batch * seqlen, -1, head_dim) for t in (q, k, v))
-        k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))  # not every version takes fewer heads
+        if rep > 1 and not groups:
+            k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))
         borders = segments.cu_seqlens
-        y = flash(q, k, v, borders, borders, seqlen, seqlen, **causal)
+        y = flash(q, k, v, borders, borders, seqlen, seqlen, **options, **({"enable_gqa": rep > 1} if groups else {}))
         return y.view(batch, seqlen, num_heads, head_dim).transpose(1, 2)
 
     return attend_varlen

@@ -3,6 +3,9 @@ a block in one graph. Importing needs Triton."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +13,19 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmmamba.kernels import fused_ops, ssd_triton
+from mmmamba.kernels import MAX_DIFFERENCE, fused_ops, ssd_triton
 from mmmamba.kernels.chunked import ssd_scan_chunked
 from mmmamba.kernels.pointwise import chunk_steps
 from mmmamba.kernels.reference import check_state
 from mmmamba.kernels.segmented import infers_on_cuda, product_dtype
 
+log = logging.getLogger(__name__)
+
 MAX_DIM = 128  # of a head and of the state: tiles of both are held whole
 _STATE_BLOCK = 1024
+# What is launched otherwise than `_Plan.of` says, by kernel: BLOCK (tokens of a tile), num_warps, num_stages, maxnreg.
+# `benchmarks.scan_tiles` times them.
+TILES: dict[str, dict[str, int]] = {}
 
 
 _torch_form = torch.compiler.disable(ssd_scan_chunked)  # compiled, its gradients were wrong: see `kernels._IN_GRAPHS`
@@ -53,8 +61,8 @@ def ssd_scan_triton(
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow)
     if infers_on_cuda(x):
         plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-        fused = fused_ops(x) is not None
-        steps = chunk_steps(dt.float(), A.float(), plan.chunk_len) if fused else plan.steps(dt.float(), A.float())
+        steps_of = chunk_steps_by_torch if fused_ops(x) is None else chunk_steps
+        steps = steps_of(dt.float(), A.float(), plan.chunk_len)
         y, states = _launch(plan, x, B, C, *steps, initial_state, segment_ids, need_state)
         return y, states[:, -1] if states.numel() else states
     y, final, _ = torch.ops.mmmamba.ssd_forward(
@@ -106,9 +114,11 @@ class _Plan(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         return self.seqlen, self.chunk_len, self.padded, self.num_heads
 
-    def grid(self, heads: int) -> tuple[int, int, int]:
-        """One block for each tile of each chunk."""
-        return self.num_chunks * triton.cdiv(self.chunk_len, self.meta["BLOCK"]), heads, self.batch
+    def launch(self, kernel: Any, heads: int, **meta: Any) -> Callable[..., Any]:
+        """The kernel with one program for each tile of each chunk and head, and what it is compiled for."""
+        meta = self.meta | meta | TILES.get(kernel.fn.__name__, {})
+        grid = self.num_chunks * triton.cdiv(self.chunk_len, meta["BLOCK"]), heads, self.batch
+        return partial(kernel[grid], **meta)
 
     def new_states(self, like: Tensor) -> Tensor:
         shape = (self.batch, self.num_chunks + 1, self.num_heads, self.head_dim, self.d_state)
@@ -116,26 +126,62 @@ class _Plan(NamedTuple):
 
     def steps(self, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """(dt, log decay since the chunk's start), both (batch, num_heads, padded), float32."""
-        dt = F.pad(dt.transpose(1, 2), (0, self.padded - self.seqlen)).contiguous()
-        steps = (dt * A[:, None]).view(self.batch, self.num_heads, self.num_chunks, self.chunk_len)
-        return dt, steps.cumsum(dim=-1).view_as(dt)
+        fused = _steps_run(dt.device, triton.next_power_of_2(self.chunk_len), 0)
+        return (chunk_steps if fused else chunk_steps_by_torch)(dt, A, self.chunk_len)
 
     def fill_states(
-        self, states: Tensor, x: Tensor, B: Tensor, cum: Tensor, dt: Tensor, seg: Tensor, *, reverse: bool
-    ) -> None:
-        """Slots of `states` from what the chunks add and the slot that is there: the first, or in reverse the last."""
-        meta = {name: self.meta[name] for name in ("SEGMENTS",)} | {"REVERSE": reverse}
+        self,
+        states: Tensor,
+        x: Tensor,
+        B: Tensor,
+        cum: Tensor,
+        dt: Tensor,
+        seg: Tensor,
+        *,
+        forward: Tensor | None = None,
+    ) -> Tensor:
+        """Slots of `states` from what the chunks add and the slot that is there: the first, or the last where `forward`
+        holds the states of the forward pass, whose gradients these are; x is then dy and B is C.
+
+        Returns: of gradients, their products with those states, (batch, num_heads, num_chunks, tiles), to be summed.
+        """
+        reverse = forward is not None
+        meta = {"SEGMENTS": self.meta["SEGMENTS"], "REVERSE": reverse}
         block_p = min(64, self.meta["BLOCK_P"])
         grid = (self.num_chunks * triton.cdiv(self.head_dim, block_p), self.num_heads, self.batch)
+        tiles_of = self.meta | meta | {"BLOCK_P": block_p} | TILES.get("chunk_states", {})
         ssd_triton.chunk_states[grid](
             x, B, cum, dt, seg, states, *self.sizes, self.num_heads // x.shape[2], self.num_heads // B.shape[2],
-            *x.stride()[:3], *B.stride()[:3], **(self.meta | meta | {"BLOCK_P": block_p}),
+            *x.stride()[:3], *B.stride()[:3], **tiles_of,
         )  # fmt: skip
         size = self.head_dim * self.d_state
-        grid = (triton.cdiv(size, _STATE_BLOCK), self.num_heads, self.batch)
-        ssd_triton.pass_states[grid](
-            states, cum, seg, *self.sizes, self.num_chunks, SIZE=size, BLOCK=_STATE_BLOCK, num_warps=4, **meta
-        )
+        tiles = triton.cdiv(size, _STATE_BLOCK)
+        products = cum.new_empty((self.batch, self.num_heads, self.num_chunks, tiles) if reverse else 0)
+        ssd_triton.pass_states[tiles, self.num_heads, self.batch](
+            states, states if forward is None else forward, products, cum, seg, *self.sizes, self.num_chunks,
+            SIZE=size, BLOCK=_STATE_BLOCK, num_warps=4, **meta,
+        )  # fmt: skip
+        return products
+
+
+class Scan:
+    """A scan that trains without autograd: `y` (batch, seqlen, num_heads, head_dim), and what its gradients need.
+
+    Arguments as `ssd_scan_ref`, x, B and C of one dtype, dt and A float32, without a state before or after.
+    """
+
+    def __init__(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment_ids: Tensor | None, chunk_size: int
+    ) -> None:
+        self._plan = _Plan.of(x, B, C, segment_ids, chunk_size)
+        self._steps = self._plan.steps(dt, A)
+        self._given = x, B, C
+        self._others = A, segment_ids
+        self.y, self._states = _launch(self._plan, *self._given, *self._steps, None, segment_ids, False)
+
+    def gradients(self, grad_y: Tensor) -> tuple[Tensor, ...]:
+        """Of x, dt, A, B, C, from that of y, whose last stride is 1."""
+        return _launch_backward(self._plan, grad_y, None, *self._given, *self._steps, *self._others, self._states)[:5]
 
 
 def _segments(segment_ids: Tensor | None, cum: Tensor) -> Tensor:
@@ -187,11 +233,11 @@ def _launch(
     if with_states:
         states = plan.new_states(x)
         states[:, 0] = 0.0 if initial_state is None else initial_state
-        plan.fill_states(states, x, B, cum, dt, seg, reverse=False)
+        plan.fill_states(states, x, B, cum, dt, seg)
     y = torch.empty(plan.batch, plan.seqlen, plan.num_heads, plan.head_dim, dtype=x.dtype, device=x.device)
-    ssd_triton.scan_forward[plan.grid(plan.num_heads)](
+    plan.launch(ssd_triton.scan_forward, plan.num_heads, STATES=with_states)(
         x, B, C, cum, dt, seg, states, y, *plan.sizes, plan.num_chunks, plan.num_heads // plan.groups,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], STATES=with_states, **plan.meta,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3],
     )  # fmt: skip
     return y, states
 
@@ -241,38 +287,117 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and the initial state (empty where there are no states)."""
     plan = _Plan.of(x, B, C, segment_ids, chunk_size)
-    dt, cum = plan.steps(dt, A)
+    given = plan, grad_y, grad_final, x, B, C, *plan.steps(dt, A), A, segment_ids, states
+    *gradients, grad_states = _launch_backward(*given)
+    dx, ddt, dA, dB, dC = gradients
+    return dx, ddt, dA, dB, dC, grad_states[:, 0].clone() if grad_states.numel() else dA.new_empty(0)
+
+
+def _launch_backward(
+    plan: _Plan,
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    cum: Tensor,
+    A: Tensor,
+    segment_ids: Tensor | None,
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C and of all states (empty where there are none); `dt` and `cum` as `_Plan.steps`
+    gives them."""
     seg = _segments(segment_ids, cum)
     with_states = states.numel() > 0
-    grad_states = states
+    grad_states, products = states, cum
     if with_states:
         grad_states = plan.new_states(x)
         grad_states[:, -1] = 0.0 if grad_final is None else grad_final
-        plan.fill_states(grad_states, grad_y, C, cum, dt, seg, reverse=True)
+        products = plan.fill_states(grad_states, grad_y, C, cum, dt, seg, forward=states)
     dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
     ddt, dcum = torch.empty_like(dt), torch.empty_like(dt)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *grad_y.stride()[:3])
-    meta = plan.meta | {"STATES": with_states}
     rep = plan.num_heads // plan.groups
-    ssd_triton.scan_backward_kv[plan.grid(plan.groups)](
+    plan.launch(ssd_triton.scan_backward_kv, plan.groups, STATES=with_states, REP=rep)(
         x, B, C, grad_y, cum, dt, seg, grad_states, dx, dB, ddt, dcum, *plan.sizes, plan.num_chunks,
-        *strides, *dx.stride()[:3], *dB.stride()[:3], REP=rep, **meta,
+        *strides, *dx.stride()[:3], *dB.stride()[:3],
     )  # fmt: skip
-    ssd_triton.scan_backward_q[plan.grid(plan.num_heads)](
+    plan.launch(ssd_triton.scan_backward_q, plan.num_heads, STATES=with_states)(
         x, B, C, grad_y, cum, dt, seg, states, dC, dcum, *plan.sizes, plan.num_chunks, rep,
-        *strides, *dC.stride()[:3], **meta,
+        *strides, *dC.stride()[:3],
     )  # fmt: skip
-    # Through the log decays: a step of token t is in the cum of t and all after it.
-    of_chunks = dcum.view(plan.batch, plan.num_heads, plan.num_chunks, plan.chunk_len)
-    if with_states:
+    given = dcum, ddt, dt, A, products if with_states else None, plan.chunk_len, plan.seqlen
+    fused = _steps_run(x.device, triton.next_power_of_2(plan.chunk_len), products.shape[-1] if with_states else 0)
+    grad_dt, grad_A = (_step_gradients if fused else step_gradients_by_torch)(*given)
+    return dx, grad_dt, grad_A, dB, dC, grad_states
+
+
+def chunk_steps_by_torch(dt: Tensor, A: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
+    """`pointwise.chunk_steps` by torch's operators: where the kernel does not run, and what it is held against."""
+    steps = F.pad(dt.transpose(1, 2), (0, -dt.shape[1] % chunk_len)).contiguous()
+    decays = (steps * A[:, None]).unflatten(-1, (-1, chunk_len))
+    return steps, decays.cumsum(dim=-1).view_as(steps)
+
+
+def _step_gradients(
+    dcum: Tensor, ddt: Tensor, dt: Tensor, A: Tensor, products: Tensor | None, chunk_len: int, seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dt (batch, seqlen, num_heads) and A, from those of log decays and of the steps beside them, (batch,
+    num_heads, padded length), and from the products of states and their gradients, where there are states."""
+    batch, heads, padded = dcum.shape
+    chunks, tiles = padded // chunk_len, 1 if products is None else products.shape[-1]
+    grad_dt = torch.empty(batch, seqlen, heads, dtype=torch.float32, device=dcum.device)
+    grad_A = torch.empty(batch, heads, chunks, dtype=torch.float32, device=dcum.device)
+    ssd_triton.step_gradients[chunks, heads, batch](
+        dcum, ddt, dt, A, dcum if products is None else products, grad_dt, grad_A,
+        seqlen, chunk_len, padded, heads, tiles, BLOCK=triton.next_power_of_2(chunk_len),
+        TILES=triton.next_power_of_2(tiles), STATES=products is not None, num_warps=1,
+    )  # fmt: skip
+    return grad_dt, grad_A.sum(dim=(0, 2))
+
+
+def step_gradients_by_torch(
+    dcum: Tensor, ddt: Tensor, dt: Tensor, A: Tensor, products: Tensor | None, chunk_len: int, seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """The same in some 20 launches: where the kernel does not run, and what it is held against."""
+    of_chunks = dcum.unflatten(-1, (-1, chunk_len))
+    if products is not None:
         # All of a state after a chunk scales with that chunk's total decay.
-        through_state = (grad_states[:, 1:] * states[:, 1:]).sum(dim=(-1, -2))  # (batch, num_chunks, num_heads)
-        of_chunks[..., -1] += through_state.transpose(1, 2)
+        last = of_chunks[..., -1] + products.sum(dim=-1)
+        of_chunks = torch.cat([of_chunks[..., :-1], last[..., None]], dim=-1)
+    # A step of token t is in the log decays of t and of all after it in its chunk.
     dsteps = (of_chunks.sum(dim=-1, keepdim=True) - of_chunks.cumsum(dim=-1) + of_chunks).view_as(dt)
-    dA = (dsteps * dt).sum(dim=(0, 2))
-    ddt = (ddt + dsteps * A[:, None])[..., : plan.seqlen].transpose(1, 2)
-    initial = grad_states[:, 0].clone() if with_states else dA.new_empty(0)
-    return dx, ddt.contiguous(), dA, dB, dC, initial
+    grad_dt = (ddt + dsteps * A[:, None])[..., :seqlen].transpose(1, 2).contiguous()
+    return grad_dt, (dsteps * dt).sum(dim=(0, 2))
+
+
+@cache
+def _steps_run(device: torch.device, block: int, tiles: int) -> bool:
+    """Whether step sizes and their gradients are those of torch's operators on a device, for chunks of up to `block`
+    tokens and states of so many tiles (0: without states); looked at once."""
+    draw = torch.Generator().manual_seed(0)
+    chunk_len = block - block // 4
+    seqlen = 2 * chunk_len - chunk_len // 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device)
+
+    dt, A, products = random(1, seqlen, 2).abs(), random(2), random(1, 2, 2, tiles) if tiles else None
+    by_torch = chunk_steps_by_torch(dt, A, chunk_len)
+    dcum, ddt = (random(1, 2, 2 * chunk_len) for _ in range(2))
+    given = dcum, ddt, by_torch[0], A, products, chunk_len, seqlen
+    try:
+        found = *chunk_steps(dt, A, chunk_len), *_step_gradients(*given)
+        pairs = zip(found, (*by_torch, *step_gradients_by_torch(*given)), strict=True)
+        difference = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+    except Exception as error:  # whatever a broken build or compiler raises means "not here"
+        log.warning("step sizes of the scan: torch (Triton fails: %s: %s)", type(error).__name__, error)
+        return False
+    if not difference <= MAX_DIFFERENCE:
+        log.warning("step sizes of the scan: torch (the kernels differ by %.2g on this card)", difference)
+        return False
+    return True
 
 
 @_backward.register_fake

@@ -87,22 +87,33 @@ def chunk_states(
 
 @triton.jit
 def pass_states(
-    states, cum, seg, seqlen, chunk_len, padded, num_heads, num_chunks,
+    states, forward, products, cum, seg, seqlen, chunk_len, padded, num_heads, num_chunks,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Carry states from chunk to chunk, in place: slot c + 1 gets what decays of slot c through chunk c added; with
-    REVERSE slot c gets what slot c + 1 sends back. Grid (tiles of head_dim * d_state, num_heads, batch)."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    REVERSE slot c gets what slot c + 1 sends back, and `products` (batch, num_heads, num_chunks, tiles) the sums over
+    each tile of these gradients times the `forward` states of the same slots c + 1.
+
+    Grid (tiles of head_dim * d_state, num_heads, batch). Reads and writes every state once, and with REVERSE reads the
+    forward pass's once.
+    """
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tiles = tl.num_programs(0)
+    inner = tile * BLOCK + tl.arange(0, BLOCK)
     ok = inner < SIZE
     stride = num_heads * SIZE  # from slot to slot
-    states += (batch * (num_chunks + 1) * num_heads + head) * SIZE
+    of_head = (batch * (num_chunks + 1) * num_heads + head) * SIZE
+    states += of_head
     cum += (batch * num_heads + head) * padded
     seg += batch * seqlen
     first = num_chunks if REVERSE else 0
     state = tl.load(states + first * stride + inner, mask=ok, other=0.0)
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
+        if REVERSE:
+            after = tl.load(forward + of_head + (chunk + 1) * stride + inner, mask=ok, other=0.0)
+            of_chunk = (batch * num_heads + head) * num_chunks + chunk
+            tl.store(products + of_chunk * tiles + tile, tl.sum(state * after, axis=0))
         through = tl.exp(tl.load(cum + (chunk + 1) * chunk_len - 1))
         if SEGMENTS:
             last = tl.load(seg + tl.minimum((chunk + 1) * chunk_len, seqlen) - 1)
@@ -315,3 +326,33 @@ def scan_backward_q(
     tl.store(dcum + rows, tl.load(dcum + rows, mask=whole, other=0.0) + row_sums, mask=whole)
     dC_place = dC + rows[:, None] * dC_row + n[None, :]
     tl.store(dC_place, acc.to(dC.dtype.element_ty), mask=ok[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def step_gradients(
+    dcum, ddt, dt, A, products, grad_dt, grad_A, seqlen, chunk_len, padded, num_heads, tiles,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of log decays and of the steps beside them to those of dt (batch, seqlen, num_heads) and, a
+    chunk and head, of A: `grad_A` (batch, num_heads, num_chunks). Grid (num_chunks, num_heads, batch).
+
+    A step of token t is in the log decays of t and of all tokens after it in its chunk; the state after the chunk
+    scales with the last of them, which is what the sum of `products` is the gradient of.
+    """
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < chunk_len
+    t = chunk * chunk_len + i
+    of_head = batch * num_heads + head
+    of_steps = of_head * padded + t
+    grad = tl.load(dcum + of_steps, inside, other=0.0)
+    of_chunk = of_head * tl.num_programs(0) + chunk
+    if STATES:
+        j = tl.arange(0, TILES)
+        last = tl.sum(tl.load(products + of_chunk * tiles + j, j < tiles, other=0.0), axis=0)
+        grad += tl.where(i == chunk_len - 1, last, 0.0)
+    steps = tl.sum(grad, axis=0) - tl.cumsum(grad, axis=0) + grad
+    steps = tl.where(inside, steps, 0.0)
+    tl.store(grad_A + of_chunk, tl.sum(steps * tl.load(dt + of_steps, inside, other=0.0), axis=0))
+    out = tl.load(ddt + of_steps, inside, other=0.0) + steps * tl.load(A + head)
+    tl.store(grad_dt + (batch * seqlen + t) * num_heads + head, out, inside & (t < seqlen))
