@@ -192,12 +192,12 @@ class _Bench:
         }
 
     def _prepare(self, name: str, config: StageConfig, layers: Layers) -> tuple[Stage, Loop, WeightedInputs]:
-        compiled = self.args.compile
-        stage = random_stage(name, self.recipe, config, self.teacher, self.device, compiled=compiled, layers=layers)
+        graph = self.args.graph and self.device.type == "cuda"
+        how: dict[str, Any] = {"compiled": self.args.compile, "captured": graph, "layers": layers}
+        stage = random_stage(name, self.recipe, config, self.teacher, self.device, **how)
         parameters = check_trained(name, stage)
         if config.activation_checkpointing:
             recompute_blocks_(stage.networks())
-        graph = self.args.graph and self.device.type == "cuda"
         loop = Loop(name, stage, config, parameters, ONE_PROCESS, graph=graph, estimate=None)
         return stage, loop, random_batches(self.recipe, config, stage, fixed_shapes=graph)
 

@@ -87,14 +87,15 @@ def random_stage(
     device: torch.device,
     *,
     compiled: bool,
+    captured: bool = False,
     layers: Layers = "auto",
 ) -> Stage:
-    """A stage as `distill.pipeline` sets it up, on random weights; `layers` as `student_stage` has it."""
+    """A stage as `distill.pipeline` sets it up, on random weights; `captured`, `layers` as `student_stage` has them."""
     if name == "teacher":
         return TeacherStage(random_teacher(teacher, device, torch.float32), compiled=compiled)
     model = random_teacher(teacher, device, getattr(torch, recipe.frozen_dtype))
     student = make_student(model, *recipe.layer_types(teacher), seed=recipe.seed)
-    return student_stage(name, model, student, config, compiled=compiled, layers=layers)
+    return student_stage(name, model, student, config, compiled=compiled, captured=captured, layers=layers)
 
 
 def random_batches(

@@ -96,13 +96,13 @@ def measure(args: argparse.Namespace) -> None:
             about: dict[str, Any] = {"rows": rows, "one_launch": one_launch}
             try:
                 begun = time.perf_counter()
-                decoder = FusedDecoder(shallow, one_launch=one_launch)
-                decoder._give_back(decoder._take(rows))
+                decoder = FusedDecoder(shallow, one_launch=(rows,) if one_launch else ())
+                decoder.reserve(rows)
                 note(args, scheme, "compiled", **about, seconds=round(time.perf_counter() - begun, 1))
                 for graph in (False, True):
                     found = agreement(shallow, decoder, rows, graph=graph)
                     note(args, scheme, "agreement", **about, replayed=graph, **found)
-                decoder = FusedDecoder(model, one_launch=one_launch)
+                decoder = FusedDecoder(model, one_launch=(rows,) if one_launch else ())
                 space = decoder._take(rows)
                 state = state_at(model, rows, 1000, room=0)  # held: the tables say where it lies
                 Binding(space, [state]).make_room()

@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         about = (
             "how layers of stages 1 and 2 run on an NVIDIA GPU: in fused kernels, by autograd, or (auto) in kernels "
         )
-        about += "where these were measured and agree with autograd"
+        about += "where these were measured (not with --graph) and agree with autograd"
         sub.add_argument("--layers", choices=get_args(Layers), default="auto", help=about)
     for sub in (stages["stage3"], everything):
         about = "stage 3 as the published code has it: the divergence summed over all tokens, not only answers"

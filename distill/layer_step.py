@@ -28,7 +28,7 @@ from mmmamba.segments import Segments
 
 Layers = Literal["auto", "written-out", "autograd"]
 # Compute capabilities of the cards on which steps written out were measured and found faster: "auto" takes them there.
-MEASURED: frozenset[tuple[int, int]] = frozenset()
+MEASURED = frozenset({(9, 0)})
 
 log = logging.getLogger(__name__)
 
@@ -117,25 +117,32 @@ def _add_(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad.add_(gradient)
 
 
-def choose(layers: Layers, device: torch.device, *, compiled: bool) -> bool:
-    """Whether layers run written out, logged with the reason. "auto": where that was measured, and a step is compiled.
+def choose(layers: Layers, device: torch.device, *, compiled: bool, captured: bool) -> bool:
+    """Whether layers run written out, logged with the reason. "auto": where that was measured, and a step is compiled
+    and not captured as a CUDA graph.
 
+    Args: compiled, captured: how a step will run.
     Raises: ValueError if they are to, and their kernels do not run on the device.
     """
     if layers == "written-out" and not runs_on(device):
         raise ValueError(f'layers "written-out" cannot run on {device}; the log says why; use "auto" or "autograd"')
     if layers != "auto" or device.type != "cuda":
         return layers == "written-out"
-    capability = torch.cuda.get_device_capability(device)
-    if not compiled or capability not in MEASURED:
-        why = (
-            f"not measured on cards of compute capability {'.'.join(map(str, capability))}"
-            if compiled
-            else "uncompiled"
-        )
+    if why := _not_measured(torch.cuda.get_device_capability(device), compiled=compiled, captured=captured):
         log.info('layers of stages 1 and 2: by autograd (%s; "written-out" takes the kernels)', why)
         return False
     return runs_on(device)
+
+
+def _not_measured(capability: tuple[int, int], *, compiled: bool, captured: bool) -> str:
+    """Why nobody knows whether steps written out are faster so, or nothing."""
+    if not compiled:
+        return "uncompiled"
+    if captured:
+        return "kernels not measured in a captured step"
+    if capability not in MEASURED:
+        return f"not measured on cards of compute capability {'.'.join(map(str, capability))}"
+    return ""
 
 
 @cache

@@ -6,7 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -146,8 +146,8 @@ def train_stage(run: Run, name: str, teacher_dir: str, out: Path) -> None:
     student = make_student(teacher, *types, seed=run.recipe.seed)
     kept.load_(_before(run.recipe, name, kept), student)
     config = run.recipe.stages[name]
-    compiled = run.compiled and not run.shard
-    stage = student_stage(name, teacher, student, config, compiled=compiled, layers=run.layers)
+    how: dict[str, Any] = {"compiled": run.compiled and not run.shard, "captured": run.graph, "layers": run.layers}
+    stage = student_stage(name, teacher, student, config, **how)
     data = run.data(teacher)
     store = kept.checkpoints(name, run.recipe.facts(name))
     trained = _train(run, name, stage, data, store, _estimate(run, name, student))

@@ -339,16 +339,19 @@ def student_stage(
     config: StageConfig,
     *,
     compiled: bool,
+    captured: bool = False,
     layers: Layers = "auto",
 ) -> Stage:
     """Stage 1, 2 or 3 by its name, as its config wants it; `layers`: how those of stages 1 and 2 run.
 
+    Args: captured: whether its step will be captured as a CUDA graph.
     Raises: ValueError if they cannot run so here.
     """
     shared: dict[str, bool] = {"compiled": compiled, "train_decay": config.train_decay}
     if name == "stage3":
         return LogitsStage(teacher, student, objective=config.objective, **shared)
-    shared["written_out"] = choose(layers, next(student.parameters()).device, compiled=compiled)
+    device = next(student.parameters()).device
+    shared["written_out"] = choose(layers, device, compiled=compiled, captured=captured)
     return LayerStage(teacher, student, train_vkq=name == "stage2", **shared)
 
 

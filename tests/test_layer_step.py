@@ -6,6 +6,7 @@ In Triton's interpreter where there is no GPU; see `test_ssd_triton.py`.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -267,9 +268,9 @@ def test_the_look_that_is_taken_before_use(monkeypatch: pytest.MonkeyPatch) -> N
 def test_off_cuda_autograd_is_taken() -> None:
     device = torch.device("cpu")
     assert not layer_step.runs_on(device)
-    assert not layer_step.choose("auto", device, compiled=True)
+    assert not layer_step.choose("auto", device, compiled=True, captured=False)
     with pytest.raises(ValueError, match='layers "written-out" cannot run on cpu'):
-        layer_step.choose("written-out", device, compiled=True)
+        layer_step.choose("written-out", device, compiled=True, captured=False)
     teacher = teacher_of("post")
     config = StageConfig(steps=1, lr=1.0, image_batch=1, text_batch=0)
     stage = student_stage("stage1", teacher, student_of(teacher, "post"), config, compiled=False)
@@ -278,18 +279,33 @@ def test_off_cuda_autograd_is_taken() -> None:
     assert layer_mse(torch.zeros(1, 2, 4), torch.ones(1, 2, 4)) == 1
 
 
-def test_by_itself_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_itself_only_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     gpu, looks = torch.device("cuda"), [True]
+
+    def chosen(layers: Layers = "auto", *, compiled: bool = True, captured: bool = False) -> bool:
+        return layer_step.choose(layers, gpu, compiled=compiled, captured=captured)
+
     monkeypatch.setattr(layer_step, "runs_on", lambda device: looks[-1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(layer_step, "MEASURED", frozenset({(8, 0)}))
-    assert not layer_step.choose("auto", gpu, compiled=True)
-    assert layer_step.choose("written-out", gpu, compiled=False)
-    monkeypatch.setattr(layer_step, "MEASURED", frozenset({(9, 0)}))
-    assert layer_step.choose("auto", gpu, compiled=True)
-    assert not layer_step.choose("auto", gpu, compiled=False)
-    assert not layer_step.choose("autograd", gpu, compiled=True)
+    with caplog.at_level(logging.INFO, logger=layer_step.__name__):
+        assert chosen()
+        assert not caplog.messages
+        assert not chosen(captured=True)
+        assert not chosen(compiled=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert not chosen()
+    reasons = [message.split("(")[1].split(";")[0] for message in caplog.messages]
+    assert reasons == [
+        "kernels not measured in a captured step",
+        "uncompiled",
+        "not measured on cards of compute capability 8.0",
+    ]
+    assert chosen("written-out", compiled=False, captured=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not chosen("autograd")
     looks.append(False)
-    assert not layer_step.choose("auto", gpu, compiled=True)
+    assert not chosen()
     with pytest.raises(ValueError, match='"written-out" cannot run'):
-        layer_step.choose("written-out", gpu, compiled=True)
+        chosen("written-out")

@@ -30,8 +30,9 @@ MIN_CAPABILITY = (8, 0)  # the first cards that multiply bf16
 # Relative RMS difference from the plain path that rounding may explain in any model; a wrong kernel is off by about 1.
 AGREEMENT = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}
 
-# Whether a token of few rows may be one launch (`one_launch.py`), where model and card allow it. Off until measured.
-ONE_LAUNCH = False
+# Rows of workspaces whose token is one launch (`one_launch.py`), by compute capability, hidden size and kind of weights:
+# what was measured on a card and found faster than many launches (`benchmarks/LOG.md`, 27).
+ONE_LAUNCH_ROWS: dict[tuple[tuple[int, int], int, str], tuple[int, ...]] = {((9, 0), 2048, "dense"): (4,)}
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,14 @@ def decoder_for(model: object, choice: Choice | None = None) -> FusedDecoder | N
         decoder, reason = make_decoder(model)
         if decoder is None and choice == "fused":
             raise ValueError(f"the fused decoder cannot run: {reason}; set {SWITCH}=auto for the plain path there")
-        log.info("decoder: %s", "fused kernels in a CUDA graph" if decoder else f"plain ({reason})")
+        log.info("decoder: %s", _described(decoder) if decoder else f"plain ({reason})")
         known = _chosen[model] = key, decoder
     return known[1]
+
+
+def _described(decoder: FusedDecoder) -> str:
+    rows = " and ".join(map(str, decoder.one_launch))
+    return "fused kernels in a CUDA graph" + (f", one launch a token in batches of {rows}" if rows else "")
 
 
 def _from_environment() -> Choice:
@@ -98,23 +104,47 @@ def make_decoder(model: MMMamba) -> tuple[FusedDecoder | None, str]:
         return None, f"Triton does not import: {type(error).__name__}: {error}"
     reason = ""
     # Where kernels cannot overlap on a card, or do so wrongly, they may still do one after the other.
-    ways = [(True, False), (False, False)]
-    for overlap, one_launch in [(True, True), *ways] if ONE_LAUNCH else ways:
+    for overlap in (True, False):
         try:
-            decoder = FusedDecoder(model, overlap=overlap, one_launch=one_launch)
-            difference = disagreement(model, overlap=overlap, one_launch=one_launch)
+            decoder = FusedDecoder(model, overlap=overlap)
+            difference = disagreement(model, overlap=overlap)
         except Unsupported as error:
-            if one_launch:
-                log.info("%s", error)
-                continue
             return None, str(error)
         except Exception as error:  # a compiler that fails on this card raises its own; the plain path needs none
-            way = (overlap, one_launch)
-            log.warning("the fused decoder failed on this card (overlap, one launch: %s, %s)", *way, exc_info=True)
+            log.warning("the fused decoder failed on this card (overlap: %s)", overlap, exc_info=True)
             reason = f"it fails here: {type(error).__name__}: {error}"
             continue
         if difference <= AGREEMENT[model.dtype]:
+            decoder.one_launch = _rows_in_one_launch(model, decoder, capability)
             return decoder, ""
         log.warning("the fused decoder differs from the plain path by %.2g (overlap: %s)", difference, overlap)
         reason = f"it differs from the plain path by {difference:.2g}"
     return None, reason
+
+
+def _rows_in_one_launch(model: MMMamba, decoder: FusedDecoder, capability: tuple[int, int]) -> tuple[int, ...]:
+    """Rows of workspaces that one launch serves: measured on such a card, and seen to agree on this one. Says why any
+    that were measured stay with many launches."""
+    from mmmamba.decoder.check import disagreement
+    from mmmamba.decoder.fused import FusedDecoder
+    from mmmamba.decoder.layers import Unsupported
+
+    kind = decoder.layers.layers[0].in_proj.kind
+    if decoder.layers.head.kind != kind:
+        return ()
+    taken = []
+    for rows in ONE_LAUNCH_ROWS.get((capability, decoder.layers.hidden_size, kind), ()):
+        about = f"batches of {rows} are decoded in many launches"
+        try:
+            FusedDecoder(model, overlap=decoder.overlap, one_launch=(rows,)).reserve(rows)  # with all layers it fits
+            difference = disagreement(model, overlap=decoder.overlap, one_launch=rows)
+        except (Unsupported, ImportError) as error:  # `cuda-bindings` need not be there
+            log.info("%s (%s)", about, error)
+        except Exception as error:  # whatever a compiler or a driver that refuses raises
+            log.warning("%s (one fails here: %s: %s)", about, type(error).__name__, error)
+        else:
+            if difference <= AGREEMENT[model.dtype]:
+                taken.append(rows)
+            else:
+                log.warning("%s (one differs from the plain path by %.2g)", about, difference)
+    return tuple(taken)

@@ -28,25 +28,27 @@ CHECKED_TOKENS = 5
 
 
 @torch.inference_mode()
-def disagreement(model: MMMamba, *, overlap: bool, one_launch: bool = False) -> float:
+def disagreement(model: MMMamba, *, overlap: bool, one_launch: int = 0) -> float:
     """Relative RMS difference of logits between the two paths: the largest over windows of layers of the median over a
     few tokens; NaN if any logit is.
 
+    Args: one_launch: so many rows (a whole workspace) in one launch a token, in place of one row in many.
     Raises: Unsupported if the kernels cannot run this model.
     """
     found = []
     for window in windows(model):
-        decoder = FusedDecoder(window, overlap=overlap, one_launch=one_launch)
-        found.append(list(_errors(window, decoder)))
+        decoder = FusedDecoder(window, overlap=overlap, one_launch=(one_launch,) if one_launch else ())
+        found.append(list(_errors(window, decoder, one_launch or 1)))
     return float(torch.stack([torch.stack(errors).median() for errors in found]).max())
 
 
-def _errors(model: MMMamba, decoder: FusedDecoder) -> Iterator[Tensor]:
-    mine, plain = model.new_state(), model.new_state()
+def _errors(model: MMMamba, decoder: FusedDecoder, rows: int) -> Iterator[Tensor]:
+    mine, plain = model.new_state(rows), model.new_state(rows)
     image_id = model.config.embedding.img_context_token_id
-    tokens = [token for token in range(SKIPPED_TOKENS + CHECKED_TOKENS + 1) if token != image_id]
-    for i, token in enumerate(tokens):
-        ids = torch.tensor([token], device=model.device)
+    count = SKIPPED_TOKENS + CHECKED_TOKENS
+    tokens = [token for token in range(count + rows) if token != image_id]  # each row a token ahead of the one before
+    for i in range(count):
+        ids = torch.tensor(tokens[i : i + rows], device=model.device)
         want = model(ids[:, None], None, plain)[:, -1].float()
         got = decoder.decode_one_token(ids, mine, graph=False).float()
         if i >= SKIPPED_TOKENS:

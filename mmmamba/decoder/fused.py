@@ -25,11 +25,11 @@ class FusedDecoder:
 
     Args:
         overlap: let kernels start before the ones ahead of them end, on cards that can.
-        one_launch: decode few rows in one launch a token.
+        one_launch: rows of the workspaces (up to `FEW_ROWS`) that take one launch a token.
     Raises: Unsupported if the kernels cannot run this model.
     """
 
-    def __init__(self, model: MMMamba, *, overlap: bool = True, one_launch: bool = False) -> None:
+    def __init__(self, model: MMMamba, *, overlap: bool = True, one_launch: tuple[int, ...] = ()) -> None:
         self.overlap, self.one_launch = overlap, one_launch
         self.layers = gather(model)
         self.device = model.device
@@ -94,6 +94,10 @@ class FusedDecoder:
         space.owner = session
         return session
 
+    def reserve(self, rows: int) -> None:
+        """Memory and code for sessions of so many rows, so that opening one cannot fail for want of them."""
+        self._give_back(self._take(rows))
+
     def _take(self, rows: int) -> Workspace:
         bucket = bucket_of(rows)
         assert bucket is not None, "`refuses` was asked"
@@ -101,7 +105,8 @@ class FusedDecoder:
         if free:
             return free.pop()
         with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
-            return Workspace(self.layers, bucket, self.device, overlap=self.overlap, one_launch=self.one_launch)
+            one_launch = bucket in self.one_launch
+            return Workspace(self.layers, bucket, self.device, overlap=self.overlap, one_launch=one_launch)
 
     def _give_back(self, space: Workspace) -> None:
         self._free[space.rows].append(space)

@@ -83,7 +83,7 @@ class WholeStep:
             raise LaunchError(f"{torch.cuda.get_device_name(device)} has no copies that count the bytes they bring")
         from cuda.bindings import driver
 
-        code = compile_step(capability, defines)
+        code = _code(capability, tuple(sorted(defines.items())))
         torch.cuda.current_stream(device)  # makes torch's context, which the driver then uses
         _, self._module = _checked(driver.cuModuleLoadData(code), driver)
         _, self._function = _checked(driver.cuModuleGetFunction(self._module, ENTRY), driver)
@@ -108,6 +108,12 @@ class WholeStep:
             self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(self._arguments), 0),
             self._driver,
         )
+
+
+@cache
+def _code(capability: tuple[int, int], defines: tuple[tuple[str, int], ...]) -> bytes:
+    """As `compile_step`, which takes seconds where its cache cannot be written to."""
+    return compile_step(capability, dict(defines))
 
 
 @cache
