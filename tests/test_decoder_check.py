@@ -44,6 +44,14 @@ def test_the_kernels_agree() -> None:
     assert check.disagreement(make(), overlap=False) < 1e-3
 
 
+@torch.inference_mode()
+def test_rows_of_a_check_are_tokens_of_their_own() -> None:
+    window = next(check.windows(make()))
+    errors = list(check._errors(window, check.FusedDecoder(window, overlap=False), 4))
+    assert len(errors) == check.CHECKED_TOKENS
+    assert max(errors) < 1e-3
+
+
 @pytest.mark.parametrize("layer", [0, 4])
 def test_a_kernel_that_is_wrong_for_one_layer_is_seen(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()

@@ -44,8 +44,8 @@ CARD = (9, 0)
 
 
 @pytest.fixture
-def four_measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """One launch measured for 2 and 4 rows of a model; whether a kernel compiles and by how much it is off can be set."""
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """One launch measured for 2 and 4 rows; whether a kernel compiles and by how much it is off can be set."""
     pytest.importorskip("triton")
     from mmmamba.decoder import check, fused
 
@@ -73,11 +73,11 @@ def rows_in_one_launch(capability: tuple[int, int] = CARD, *, hidden: int = 64) 
     return decoder._rows_in_one_launch(model, FusedDecoder(model), capability)
 
 
-def test_one_launch_where_it_was_measured(four_measured: dict[str, Any]) -> None:
+def test_one_launch_where_it_was_measured(measured: dict[str, Any]) -> None:
     assert rows_in_one_launch() == (2, 4)
     assert rows_in_one_launch((10, 0)) == ()
     assert rows_in_one_launch(hidden=128) == ()
-    four_measured["differences"] = {2: 0.5, 4: 0.01}
+    measured["differences"] = {2: 0.5, 4: 0.01}
     assert rows_in_one_launch() == (4,)
 
 
@@ -86,9 +86,9 @@ def test_one_launch_where_it_was_measured(four_measured: dict[str, Any]) -> None
     [(ImportError("No module named 'cuda'"), "INFO"), (RuntimeError("NVRTC: no such architecture"), "WARNING")],
 )
 def test_many_launches_where_one_fails(
-    error: Exception, level: str, four_measured: dict[str, Any], caplog: pytest.LogCaptureFixture
+    error: Exception, level: str, measured: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    four_measured["reserve"] = error
+    measured["reserve"] = error
     with caplog.at_level(logging.INFO, logger=decoder.__name__):
         assert rows_in_one_launch() == ()
     assert [record.levelname for record in caplog.records] == [level] * 2
@@ -96,10 +96,8 @@ def test_many_launches_where_one_fails(
     assert str(error) in caplog.messages[0]
 
 
-def test_a_kernel_that_is_not_a_number_is_not_taken(
-    four_measured: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    four_measured["differences"] = {2: float("nan"), 4: 0.3}
+def test_a_kernel_that_is_not_a_number_is_not_taken(measured: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    measured["differences"] = {2: float("nan"), 4: 0.3}
     assert rows_in_one_launch() == ()
     assert [message.split("(")[1] for message in caplog.messages] == [
         "one differs from the plain path by nan)",

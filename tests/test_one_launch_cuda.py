@@ -64,6 +64,13 @@ def test_a_small_model_in_which_every_tensor_matters(rows: int) -> None:
     assert found.median() <= AGREEMENT[torch.bfloat16]
 
 
+def test_the_check_that_is_taken_before_use() -> None:
+    from mmmamba.decoder.check import disagreement
+
+    model = full_size.random_model(config_of("linear", "2.6b", layers=(2, 2)), torch.device("cuda"), "bf16")
+    assert disagreement(model, overlap=True, one_launch=4) <= AGREEMENT[torch.bfloat16]
+
+
 def test_rows_that_fill_no_piece_are_refused() -> None:
     from mmmamba.decoder.layers import Unsupported
 

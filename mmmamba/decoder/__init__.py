@@ -30,7 +30,7 @@ MIN_CAPABILITY = (8, 0)  # the first cards that multiply bf16
 # Relative RMS difference from the plain path that rounding may explain in any model; a wrong kernel is off by about 1.
 AGREEMENT = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}
 
-# Rows of workspaces whose token is one launch (`one_launch.py`), by compute capability, hidden size and kind of weights:
+# Rows of a workspace whose token is one launch (`one_launch.py`), by compute capability, hidden size, kind of weights:
 # what was measured on a card and found faster than many launches (`benchmarks/LOG.md`, 27).
 ONE_LAUNCH_ROWS: dict[tuple[tuple[int, int], int, str], tuple[int, ...]] = {((9, 0), 2048, "dense"): (4,)}
 
