@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of each stack; all of them by default")
     parser.add_argument("--warps", type=int, help="that compute, in a block")
     parser.add_argument("--piece", type=int, help="bytes of a row of weights that are copied at once")
+    about = "up to so many rows the many launches keep weights in registers, above on tensor cores"
+    parser.add_argument("--few-rows", type=int, help=about)
     parser.add_argument("--seconds", type=float, default=90, help="for everything; a scheme gets its share")
     parser.add_argument("--child", choices=SCHEMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,6 +77,7 @@ def measure(args: argparse.Namespace) -> None:
     """All steps of one scheme."""
     faulthandler.dump_traceback_later(args.seconds, exit=True)
     from mmmamba.decoder import one_launch as kernel
+    from mmmamba.decoder import workspace
     from mmmamba.decoder.fused import FusedDecoder
     from mmmamba.decoder.session import Binding
     from mmmamba.kernels.sampler import DrawKind
@@ -91,9 +94,12 @@ def measure(args: argparse.Namespace) -> None:
     torch.cuda.synchronize()
     note(args, scheme, "made", seconds=round(time.perf_counter() - begun, 1))
     weights = cost.weight_bytes(model).per_token
+    few_rows = workspace.FEW_ROWS
     for one_launch in (True, False):
+        if not one_launch and args.few_rows is not None:
+            workspace.FEW_ROWS = few_rows = args.few_rows
         for rows in args.rows:
-            about: dict[str, Any] = {"rows": rows, "one_launch": one_launch}
+            about: dict[str, Any] = {"rows": rows, "one_launch": one_launch, "few_rows": few_rows}
             try:
                 begun = time.perf_counter()
                 decoder = FusedDecoder(shallow, one_launch=(rows,) if one_launch else ())

@@ -44,8 +44,10 @@ def test_the_kernels_agree() -> None:
     assert check.disagreement(make(), overlap=False) < 1e-3
 
 
+@pytest.mark.parametrize("few", [4, 2])
 @torch.inference_mode()
-def test_rows_of_a_check_are_tokens_of_their_own() -> None:
+def test_rows_of_a_check_are_tokens_of_their_own(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspaces, "FEW_ROWS", few)
     window = next(check.windows(make()))
     errors = list(check._errors(window, check.FusedDecoder(window, overlap=False), 4))
     assert len(errors) == check.CHECKED_TOKENS
