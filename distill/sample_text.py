@@ -2,7 +2,8 @@
 
 The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464). One JSON
 object a line: {"messages": [{"role", "content"}, ...]}, no two with the same first message. Appends: a stopped run goes
-on where it was, and draws what it has not drawn before. Several GPUs write a file and take a seed each.
+on where it was, and draws what it has not drawn before. With several GPUs, each
+process has a file and a seed of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from distill.base import HUB_ID, load_base
 from distill.sampler import Sampler, Script
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
 
-USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+END = "<|im_end|>"
 # Beginnings that steer the drawn questions over what people ask a small assistant.
 OPENERS = (
     "", "", "What is", "Who was", "Why do", "How can I", "Can you", "Tell me about", "Explain", "Write a short",
@@ -108,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
     parser.add_argument("--count", type=int, default=4000, help="what OUT is to hold, with what it holds already")
-    parser.add_argument("--batch", type=int, help="rows drawn at once (4096 on a GPU, else 16)")
+    parser.add_argument("--batch", type=int, help="rows drawn at once (2048 on a GPU, with 14 GB; else 16)")
     parser.add_argument("--max-answer-tokens", type=int, default=160)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = Sampler(
         base,
         script_of(tokenizer, args.max_answer_tokens),
-        args.batch or (4096 if device.type == "cuda" else 16),
+        args.batch or (2048 if device.type == "cuda" else 16),
         generator_for(args.seed, len(questions), device),
         graph=not args.no_graph,
     )

@@ -263,7 +263,8 @@ class Sampler:
             ~ends & (asked >= self.script.max_question_tokens),
         )
         self.drawn.copy_(torch.where(over, ~token, token))
-        self.ended.copy_(torch.where(over, -1, torch.where(ends, position, self.ended)))
+        # masked_fill where a number is put in: torch.where would copy it to the device, which a graph cannot hold.
+        self.ended.copy_(torch.where(ends, position, self.ended).masked_fill(over, -1))
         self.prompt.copy_(torch.where(over, self._any_prompt(), self.prompt))
         self.position.copy_(position.masked_fill(over, 0))
         self.token.copy_(token.masked_fill(over, self.start))
