@@ -2,8 +2,7 @@
 
 The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464). One JSON
 object a line: {"messages": [{"role", "content"}, ...]}, no two with the same first message. Appends: a stopped run goes
-on where it was, and draws what it has not drawn before. With several GPUs, each
-process has a file and a seed of its own.
+on where it was, and draws what it has not drawn before. On several GPUs, each run has a file and a seed of its own.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def draw(sampler: Sampler, tokenizer: Tokenizer, out: Path, asked: set[str], cou
                 return
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
@@ -118,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     questions = read_questions(args.out)
     if len(questions) >= args.count:
         print(f"{args.out} holds {len(questions)} of {args.count}")
