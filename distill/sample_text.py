@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
     parser.add_argument("--count", type=int, default=4000, help="what OUT is to hold, with what it holds already")
-    parser.add_argument("--batch", type=int, help="rows drawn at once (2048 on a GPU, with 14 GB; else 16)")
+    parser.add_argument("--batch", type=int, help="rows drawn at once (2048 on a GPU: 11 GB of caches; else 16)")
     parser.add_argument("--max-answer-tokens", type=int, default=160)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
