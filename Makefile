@@ -64,7 +64,7 @@ checkpoints: $(VENV)/.installed-dev $(DRAWN) ## train nano again, from nothing, 
 
 $(DRAWN): | $(VENV)/.installed-dev
 	@mkdir -p $(@D)
-	$(BIN)/python -m distill.sample_text $@.part --base $(BASE) --tokenizer checkpoints/nano --count 20000 --batch 1024
+	$(BIN)/python -m distill.sample_text $@.part --base $(BASE) --tokenizer checkpoints/nano --count 20000
 	@mv $@.part $@
 
 clean: ## remove the virtual environment and caches

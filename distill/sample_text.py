@@ -1,23 +1,26 @@
 """Conversations drawn from the base model itself, to keep its ability to chat: `python -m distill.sample_text OUT`.
 
-The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464), or then
-answers. One JSON object a line: {"messages": [{"role", "content"}, ...]}. Appends, so a stopped run can go on.
+The model is given the opening of a user's turn and writes both sides (the idea of Magpie, arXiv:2406.08464). One JSON
+object a line: {"messages": [{"role", "content"}, ...]}, no two with the same first message. Appends: a stopped run goes
+on where it was, and draws what it has not drawn before. On several GPUs, each run has a file and a seed of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import random
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distill.base import HUB_ID, load_base
+from distill.sampler import Sampler, Script
 from mmmamba.tokenizer import Tokenizer, load_tokenizer
 
-USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+END = "<|im_end|>"
 # Beginnings that steer the drawn questions over what people ask a small assistant.
 OPENERS = (
     "", "", "What is", "Who was", "Why do", "How can I", "Can you", "Tell me about", "Explain", "Write a short",
@@ -31,66 +34,107 @@ def encode_prompt(tokenizer: Tokenizer, opener: str) -> list[int]:
     return [tokenizer.token_id("<|im_start|>"), *tokenizer.encode("user\n" + opener)]
 
 
-@torch.inference_mode()
-def draw(base: Any, ids: torch.Tensor, mask: torch.Tensor, end: int, max_new_tokens: int, seed: int) -> torch.Tensor:
-    """Sample continuations of left-padded prompts (batch, n)."""
-    torch.manual_seed(seed)
-    return base.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_p=0.9,
-        repetition_penalty=1.05, pad_token_id=end, eos_token_id=end,
-    )[:, ids.shape[1] :]  # fmt: skip
+def script_of(tokenizer: Tokenizer, max_answer_tokens: int) -> Script:
+    """The script of a conversation: every opener in a user's turn, then the template up to the answer."""
+    reply = [*tokenizer.encode("\n"), tokenizer.token_id("<|im_start|>"), *tokenizer.encode("assistant\n")]
+    prompts = [encode_prompt(tokenizer, opener) for opener in OPENERS]
+    return Script(prompts, reply, tokenizer.token_id(END), max_answer_tokens=max_answer_tokens)
 
 
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
+def to_messages(tokenizer: Tokenizer, script: Script, tokens: Sequence[int]) -> list[dict[str, str]] | None:
+    """Question and answer of a drawn conversation; None where the question did not end, or one of the two is empty.
+
+    An answer cut short stays: it serves to match distributions as well.
+    """
+    if script.end not in tokens:
+        return None
+    ended = tokens.index(script.end)
+    question = tokenizer.decode(tokens[:ended]).removeprefix("user\n").strip()
+    answer = tokenizer.decode(tokens[ended + 1 + len(script.reply) :]).strip()  # an end token gives no text
+    if not question or not answer:
+        return None
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def until_end(tokenizer: Tokenizer, row: list[int], end: int) -> str:
-    """Text up to the end token, or all of it: an answer cut short serves to match distributions as well."""
-    return tokenizer.decode(row[: row.index(end)] if end in row else row).strip()
+def read_questions(path: Path) -> list[str]:
+    """First messages of the conversations in a file, if there is one; cuts off a line that was not written whole."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line)["messages"][0]["content"] for line in whole.splitlines()]
 
 
-def main() -> None:
+def generator_for(seed: int, written: int, device: torch.device) -> torch.Generator:
+    """A generator that a run which goes on does not share with what was drawn before."""
+    digest = hashlib.sha256(f"{seed} {written}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw(sampler: Sampler, tokenizer: Tokenizer, out: Path, asked: set[str], count: int) -> None:
+    """Append conversations to `out` until there are `count`, and then those that were begun before.
+
+    To leave out the last would prefer the short ones.
+
+    Args:
+        asked: first messages that are there already, and are not to come again; what is written is added.
+    """
+    before, started = len(asked), time.monotonic()
+    closing: int | None = None  # the step from which on what is begun does not count
+    with out.open("a", encoding="utf-8") as file:
+        for finished in sampler.stream():
+            for drawn in finished:
+                messages = to_messages(tokenizer, sampler.script, drawn.tokens)
+                late = closing is not None and drawn.begun >= closing
+                if messages is None or late or messages[0]["content"] in asked:
+                    continue
+                asked.add(messages[0]["content"])
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            file.flush()
+            rate = (len(asked) - before) / (time.monotonic() - started)
+            print(f"{len(asked)} of {count}, {rate:.0f} a second", flush=True)
+            if closing is None and len(asked) >= count:
+                closing = sampler.steps
+            if closing is not None and sampler.oldest >= closing:
+                return
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", default=HUB_ID, help="hub id, directory or .gguf file")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with nano's tokenizer.json")
-    parser.add_argument("--count", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--count", type=int, default=4000, help="what OUT is to hold, with what it holds already")
+    parser.add_argument("--batch", type=int, help="rows drawn at once (2048 on a GPU: 11 GB of caches; else 16)")
     parser.add_argument("--max-answer-tokens", type=int, default=160)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    base = load_base(args.base, torch.bfloat16).to(args.device).eval()
+    parser.add_argument("--no-graph", action="store_true", help="launch every step's kernels one by one")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    questions = read_questions(args.out)
+    if len(questions) >= args.count:
+        print(f"{args.out} holds {len(questions)} of {args.count}")
+        return
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are those of the current device
+    base = load_base(args.base, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     tokenizer = load_tokenizer(args.tokenizer)
-    end = tokenizer.token_id(END)
-    rng = random.Random(args.seed)
-    opening = [tokenizer.token_id("<|im_start|>"), *tokenizer.encode("assistant\n")]
-    newline = tokenizer.encode("\n")
-    written = 0
-    while written < args.count:
-        openers = [rng.choice(OPENERS) for _ in range(args.batch)]
-        prompts = [encode_prompt(tokenizer, o) for o in openers]
-        ids, mask = pad_left(prompts, end, torch.device(args.device))
-        drawn = draw(base, ids, mask, end, 64, rng.randrange(2**31)).tolist()
-        rows = [
-            (prompt + row[: row.index(end) + 1] + newline, (o + tokenizer.decode(row[: row.index(end)])).strip())
-            for prompt, row, o in zip(prompts, drawn, openers, strict=True)
-            if end in row
-        ]
-        ids, mask = pad_left([row + opening for row, _ in rows], end, torch.device(args.device))
-        drawn = draw(base, ids, mask, end, args.max_answer_tokens, rng.randrange(2**31)).tolist()
-        with args.out.open("a", encoding="utf-8") as out:
-            for (_, question), row in zip(rows, drawn, strict=True):
-                answer = until_end(tokenizer, row, end)
-                if question and answer:
-                    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                    out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-                    written += 1
-        print(f"{written} of {args.count}", flush=True)
+    sampler = Sampler(
+        base,
+        script_of(tokenizer, args.max_answer_tokens),
+        args.batch or (2048 if device.type == "cuda" else 16),
+        generator_for(args.seed, len(questions), device),
+        graph=not args.no_graph,
+    )
+    draw(sampler, tokenizer, args.out, set(questions), args.count)
 
 
 if __name__ == "__main__":

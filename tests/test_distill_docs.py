@@ -18,6 +18,7 @@ from distill.data.build import build_parser as data_parser
 from distill.data.fonts_pack import main as fonts_main
 from distill.data.icons_pack import main as icons_main
 from distill.data.photos_pack import main as photos_main
+from distill.sample_text import build_parser as sample_parser
 from mmmamba.cli import build_parser as chat_parser
 from tests.launching import WORKERS_DONE, free_port, launch, wait_for_hosts
 from tests.test_distill_cli import STAGE, common, log_of, tiny_recipe
@@ -28,6 +29,7 @@ PAGES = ("docs/distill.md", "distill/data/README.md", "checkpoints/nano/README.m
 PARSERS: dict[str, Any] = {
     "distill": _parser,
     "distill.data.build": data_parser,
+    "distill.sample_text": sample_parser,
     "benchmarks.distill": bench_parser,
     "mmmamba": chat_parser,
 }
@@ -71,9 +73,7 @@ def test_every_command_is_understood(page: str, tmp_path: Path, monkeypatch: pyt
         if launcher is not None:
             assert launcher.module, f"{words}: starts a file"
         if own == []:  # named, not given
-            assert module in {"distill", *PARSERS, *packers, "distill.sample_text"} or Path(ROOT, module).exists(), (
-                words
-            )
+            assert module in {"distill", *PARSERS, *packers} or Path(ROOT, module).exists(), words
         elif module in packers:
             # These parse and work at once: nothing is where the page says, which they tell in a sentence of their own.
             monkeypatch.chdir(tmp_path)
