@@ -27,13 +27,15 @@ EXAMPLES_DIR = Path(__file__).with_name("examples")
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("shapes.png", "How many circles are there?"),
     ("shapes.png", "What colour is the square?"),
-    ("scene.png", "Describe the picture."),
     ("scene.png", "Are there more triangles than stars?"),
+    ("chart.png", "What is the value of East?"),
+    ("chart.png", "What is the title of the chart?"),
+    ("sign.png", "What does the sign say?"),
     ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
     ("", "What is the capital of France?"),
 )
-COMPARED = (("scene.png", "Describe the picture."), ("shapes.png", "How many circles are there?"))
+COMPARED = (("chart.png", "What is the title of the chart?"), ("shapes.png", "How many circles are there?"))
 INTRO = (
     "Ask about a picture. mmMamba reads images and words into a memory of constant size: "
     "the conversation grows, the memory and the time for each word do not."

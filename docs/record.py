@@ -26,11 +26,10 @@ SHOWN_WIDTH = 720
 GAP_S = 0.25  # between two pictures
 COLOURS = 224
 QUESTIONS = (
-    "#compare-scene",
-    "How many triangles are there?",
-    "Which shape is left of the star?",
-    "Are there more squares than circles?",
-    "Describe the picture.",
+    "#compare-chart",
+    "How many bars are there?",
+    "What is the value of East?",
+    "Which has the smallest value?",
 )
 SETTLE_MS = 400  # what fades in at the end has done so
 LOOK_S, END_S = 1.0, 4.0  # to look at an answer, and at the end

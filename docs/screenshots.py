@@ -60,10 +60,8 @@ def open_page(browser: Browser, url: str, theme: str, width: int, height: int) -
 
 
 def talk(page: Page) -> None:
-    """An example and two more questions about it, to their ends."""
-    for i, what in enumerate(
-        ("#example-scene", "How many blue squares are there?", "Which shape is left of the star?")
-    ):
+    """An example and one more question about it, to their ends, with the picture still in view."""
+    for i, what in enumerate(("#example-shapes", "What colour is the square?")):
         if what.startswith("#"):
             page.click(what)
         else:
@@ -78,10 +76,10 @@ def talk(page: Page) -> None:
 def compare(page: Page) -> None:
     """Two questions to both models, and a context of 4,096 tokens."""
     page.click("#compare-tab-button")
-    page.click("#compare-scene")
+    page.click("#compare-chart")
     page.wait_for_selector("#compare-box .stop-button")
     page.wait_for_selector("#compare-box .submit-button")
-    page.fill("#compare-box textarea", "How many triangles are there?")
+    page.fill("#compare-box textarea", "How many bars are there?")
     page.press("#compare-box textarea", "Enter")
     page.wait_for_selector("#compare-box .stop-button")
     page.wait_for_selector("#compare-box .submit-button")
