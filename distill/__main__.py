@@ -77,9 +77,9 @@ def run_teacher(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Seed a student from its teacher, keep its mixers in OUT/stages and write it to OUT."""
+    """Seed a student from its teacher or a finished student, keep its mixers in OUT/stages and write it to OUT."""
     run = _run(args)
-    convert(run, args.teacher, args.out)
+    convert(run, args.teacher, args.out, trained=args.student)
     export(run, args.teacher, args.out, stage="convert")
 
 
@@ -225,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _base(_training(_data(_student(command("teacher", run_teacher), teacher=False))))
-    _student(command("convert", run_convert))
+    about = "to train it further: take the mixers of this student of the teacher (directory, hub id or bundled name)"
+    _student(command("convert", run_convert)).add_argument("--student", metavar="MODEL", help=about)
     what = {
         "stage1": "what is new in a mixer, each layer against its attention",
         "stage2": "the same with V, K and Q",

@@ -103,6 +103,35 @@ def make_student(
     return student
 
 
+@torch.no_grad()
+def load_mixers_(student: MMMamba, trained: MMMamba) -> MMMamba:
+    """Put the mixers of a finished student, whose projections are in their stored form, into one from `make_student`.
+
+    Raises: ValueError if the two have other layers, or anything outside the mixers is not the same: it would be another
+        teacher's student.
+    """
+    if trained.config != student.config:
+        raise ValueError(
+            f"the trained student is {trained.config.kind} and its config another than the recipe makes; take the "
+            "recipe with its layers"
+        )
+    theirs, ours = trained.state_dict(), student.state_dict()
+    for name, module in student.named_modules():
+        if isinstance(module, Mamba2Mixer):
+            assert isinstance(module.in_proj, SplitProjection), "a student in training"
+            weight, rows = theirs.pop(f"{name}.in_proj.weight"), module.in_proj.vkq.shape[0]
+            module.in_proj.vkq.copy_(weight[:rows])
+            module.in_proj.gate_dt.copy_(weight[rows:])
+            for own in [n for n in ours if n.startswith(f"{name}.") and ".in_proj." not in n and ".out_proj." not in n]:
+                ours[own].copy_(theirs.pop(own))
+    if other := [name for name, tensor in theirs.items() if not torch.equal(tensor.to(ours[name]), ours[name])]:
+        raise ValueError(
+            f"the trained student has another {other[0]} than the teacher, and {len(other) - 1} more; pass the teacher "
+            "that it was distilled from"
+        )
+    return student
+
+
 def fused_copy(student: MMMamba) -> MMMamba:
     """The student with every mixer's projection in its stored form; it may train on, everything else is shared."""
     view = copy.copy(student)

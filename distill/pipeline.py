@@ -13,7 +13,7 @@ import torch
 from distill.base import load_base
 from distill.checkpoints import Checkpoints, write_whole, writing_model
 from distill.config import LAYER_STAGES, STUDENT_STAGES, Recipe
-from distill.convert import make_student
+from distill.convert import load_mixers_, make_student
 from distill.data.packed_stream import same_parts
 from distill.distributed import Processes
 from distill.evaluate import accuracy
@@ -106,13 +106,17 @@ def train_teacher(run: Run, base: str, out: Path, *, weights: str | None = None)
     run.processes.wait()
 
 
-def convert(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None = None) -> None:
+def convert(
+    run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None = None, trained: str | None = None
+) -> None:
     """Seed a student's mixers from its teacher and keep them in `out`.
 
     Args:
+        trained: directory, hub id or bundled name of a student of this teacher; its mixers are taken instead, to go on
+            with its training.
         layers_from: folder of a student of the same teacher, whose stages 1 and 2 are taken instead of trained: there
             every layer learns by itself, so what was learned for a linear student is right for a hybrid too.
-    Raises: ValueError if the teacher does not fit the recipe, or the other student does not.
+    Raises: ValueError if the teacher does not fit the recipe, or another student does not.
     """
     teacher = load_model(teacher_dir)
     types = run.recipe.layer_types(teacher.config)
@@ -121,6 +125,8 @@ def convert(run: Run, teacher_dir: str, out: Path, *, layers_from: Path | None =
         run.say(f"{CONVERT}: taken from {kept.path(CONVERT)}")
     elif run.processes.is_main:
         student = make_student(teacher, *types, seed=run.recipe.seed)
+        if trained is not None:
+            load_mixers_(student, load_model(trained))
         kept.write(CONVERT, whole_mixers(student))
         run.say(f"{CONVERT}: {student.config.kind} student kept in {kept.path(CONVERT)}")
         for name in LAYER_STAGES:

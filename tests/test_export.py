@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.__main__ import cli
-from distill.convert import SplitProjection, fused_copy
+from distill.convert import SplitProjection, fused_copy, load_mixers_
 from distill.export import export_student
 from distill.upstream import load_upstream_student
 from mmmamba.checkpoint import CheckpointError, load_model
@@ -46,6 +46,33 @@ def test_an_exported_student_is_the_authors_layout(folder: str, kind: str, tmp_p
     written, published = load_file(out / "model.safetensors"), load_file(GOLDEN / folder / kind / "model.safetensors")
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in published.items()}
     assert torch.equal(logits(load_model(out), folder), before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_training_goes_on_from_an_exported_student(kind: str, tmp_path: Path) -> None:
+    teacher = teacher_of("post")
+    student = student_of(teacher, "post", kind)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, Mamba2Mixer):
+                for parameter in (module.in_proj.vkq, module.in_proj.gate_dt, module.A_log, module.conv.bias):
+                    parameter.add_(0.01)
+    export_student(student, tmp_path)
+    again = load_mixers_(student_of(teacher_of("post"), "post", kind), load_model(tmp_path))
+    for (name, ours), theirs in zip(again.named_parameters(), student.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(logits(again, "post"), logits(student, "post"))
+
+
+def test_another_teachers_or_another_kind_of_student_is_refused(tmp_path: Path) -> None:
+    export_student(student_of(teacher_of("post"), "post"), tmp_path)
+    with pytest.raises(ValueError, match=r"the trained student is linear and its config another than the recipe makes"):
+        load_mixers_(student_of(teacher_of("post"), "post", "hybrid"), load_model(tmp_path))
+    other = teacher_of("post")
+    with torch.no_grad():
+        other.language.layers[0].mlp.w2.weight.add_(1)
+    with pytest.raises(ValueError, match=r"has another language\.layers\.0\.mlp\.w2\.weight than the teacher"):
+        load_mixers_(student_of(other, "post"), load_model(tmp_path))
 
 
 def test_an_exported_student_trains_on(tmp_path: Path) -> None:
