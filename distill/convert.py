@@ -122,8 +122,9 @@ def load_mixers_(student: MMMamba, trained: MMMamba) -> MMMamba:
             weight, rows = theirs.pop(f"{name}.in_proj.weight"), module.in_proj.vkq.shape[0]
             module.in_proj.vkq.copy_(weight[:rows])
             module.in_proj.gate_dt.copy_(weight[rows:])
-            for own in [n for n in ours if n.startswith(f"{name}.") and ".in_proj." not in n and ".out_proj." not in n]:
-                ours[own].copy_(theirs.pop(own))
+            for part, own in module.state_dict().items():
+                if not part.startswith(("in_proj.", "out_proj.")):
+                    own.copy_(theirs.pop(f"{name}.{part}"))
     if other := [name for name, tensor in theirs.items() if not torch.equal(tensor.to(ours[name]), ours[name])]:
         raise ValueError(
             f"the trained student has another {other[0]} than the teacher, and {len(other) - 1} more; pass the teacher "

@@ -211,7 +211,7 @@ def test_answers_are_what_the_scene_holds(packed):
     assert abs(seen["Yes."] - seen["No."]) < 0.15 * (seen["Yes."] + seen["No."])
     assert abs(seen["group Yes."] - seen["group No."]) < 0.25 * (seen["group Yes."] + seen["group No."])
     assert set(counts) == {"None.", "One.", "Two.", "Three.", "Four."}
-    assert counts["One."] < 0.6 * seen["count"]
+    assert counts["One."] < 0.55 * seen["count"], "half of them, of 434 counts"
 
 
 def test_sides_are_right(packed):
@@ -381,7 +381,7 @@ def test_train_and_val_show_flags_differently(packed, monkeypatch):
     poland = next(flag for flag in train.flags if flag.country == "Poland")
     flat = [train.draw(poland, rng_for("flat", i)) for i in range(20)]
     waving = [val.draw(poland, rng_for("waving", i)) for i in range(20)]
-    assert sum(map(waves, flat)) <= 6, "some hang in folds, most do not"
+    assert sum(map(waves, flat)) <= 2, "some hang in folds, few like the waves of val"
     assert sum(map(waves, waving)) > 14
 
 
