@@ -51,16 +51,27 @@ data: $(VENV)/.installed-dev ## build the training data in data/ from its source
 # The recipes bound every stage by minutes: more cards see more data in them, not the same in less time.
 TRAIN = $(BIN)/accelerate launch $(if $(filter 1,$(GPUS)),,--multi_gpu) --num_machines 1 --num_processes $(GPUS) \
 	--mixed_precision no --dynamo_backend no -m distill
-WITH = --tokenizer checkpoints/nano --graph --base $(BASE) $(DATA) $(ARGS)
+READ = --tokenizer checkpoints/nano --graph $(DATA) $(ARGS)
+WITH = --base $(BASE) $(READ)
+# The last stage once more, of the student KIND in FOLDER: $(call MORE,KIND,FOLDER).
+MORE_OF = --recipe nano-$(1)-more --teacher $(NANO)/teacher --out $(NANO)/more-$(1)
+define MORE
+	$(BIN)/python -m distill convert $(MORE_OF) --student $(2)
+	$(TRAIN) stage3 $(MORE_OF) --data drawn=$(DRAWN) $(READ)
+	$(BIN)/python -m distill export $(MORE_OF)
+endef
 
 checkpoints: $(VENV)/.installed-dev $(DRAWN) ## train nano again, from nothing, on GPUS=1 or more; goes on where it was stopped
-	@echo "54 minutes of training by the recipes' limits; loading, compiling and scoring come on top"
+	@echo "78 minutes of training by the recipes' limits; loading, compiling and scoring come on top"
 	$(TRAIN) teacher --recipe nano-look --out $(NANO)/look $(WITH)
 	$(TRAIN) teacher --recipe nano-read --resume $(NANO)/look --out $(NANO)/read $(WITH)
 	$(TRAIN) teacher --recipe nano-all --resume $(NANO)/read --out $(NANO)/all $(WITH)
 	$(TRAIN) run --recipe nano-linear --resume $(NANO)/all --out $(NANO) --data drawn=$(DRAWN) $(WITH)
 	$(TRAIN) run --recipe nano-hybrid --teacher $(NANO)/teacher --layers-from $(NANO) --out $(NANO)/hybrid --data drawn=$(DRAWN) $(WITH)
-	$(BIN)/python -m distill bundle checkpoints/nano teacher=$(NANO)/teacher linear=$(NANO) hybrid=$(NANO)/hybrid
+	$(call MORE,linear,$(NANO))
+	$(call MORE,hybrid,$(NANO)/hybrid)
+	$(BIN)/python -m distill bundle checkpoints/nano teacher=$(NANO)/teacher linear=$(NANO)/more-linear \
+	  hybrid=$(NANO)/more-hybrid
 
 $(DRAWN): | $(VENV)/.installed-dev
 	@mkdir -p $(@D)

@@ -20,7 +20,7 @@ _ANSWER_TOKENS = ("image_answer_tokens", "text_answer_tokens")
 # What may change while a stage is under way: it says how a step is computed and kept, not what comes out.
 _NO_RESULT = ("save_minutes", "save_steps", "activation_checkpointing")
 # Fields that mean nothing in other stages, which therefore refuse them.
-_ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction"), ("stage3",)) | {
+_ONLY_IN = dict.fromkeys(("temperature", "ce_weight", "all_tokens", "reduction", "hidden_weight"), ("stage3",)) | {
     "train_decay": STUDENT_STAGES
 }
 # Left out of a checkpoint's facts while they are at their defaults, so that checkpoints from before them go on.
@@ -56,10 +56,11 @@ class StageConfig:
     text_answer_tokens: int | None = None
     round_from: float = 1.0  # progress from which weights are trained as they will be stored (1: never)
     train_decay: bool = True  # students: whether decays and step sizes (A_log, dt_bias) train too
-    temperature: float = 1.0  # stage 3: this and the next three as `losses.Objective` has them
+    temperature: float = 1.0  # stage 3: this and the next four as `losses.Objective` has them
     ce_weight: float = 0.0
     all_tokens: bool = False
     reduction: Literal["mean", "sum"] = "mean"
+    hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -90,6 +91,7 @@ class StageConfig:
             reduction=self.reduction,
             temperature=self.temperature,
             ce_weight=self.ce_weight,
+            hidden_weight=self.hidden_weight,
         )
 
     def check_stage(self, stage: str) -> None:
@@ -258,7 +260,7 @@ class Recipe:
         if stage is None:
             raise ValueError(f"recipe {self.name} has no stage3; --all-tokens changes nothing else, so leave it out")
         wanted = Objective.reference()
-        for name in ("temperature", "ce_weight"):
+        for name in ("temperature", "ce_weight", "hidden_weight"):
             if getattr(stage, name) != getattr(wanted, name):
                 raise ValueError(
                     f"recipe {self.name} has {name}={getattr(stage, name)} in stage3, and --all-tokens asks for the "

@@ -26,7 +26,8 @@ class Inputs(NamedTuple):
     layout: where its tokens lie in the embedding stack.   shape: (batch, seqlen) of the language model.
     pixels: uint8 (num_tiles, side, side, 3), tiles of all samples in order, or None.
     segments: of packed rows, as the embedding stack and the language model count their tokens; None: a sample a row.
-    real: 1 for a sample's token, 0 for padding and blank tiles, float, shaped as the ids of `segments`; None with it.
+    real: 1 for a sample's token, 0 for padding and blank tiles, float, (batch, seqlen) of the embedding stack and of
+        the language model; None if rows are not packed and no one asked for it.
     answers: (slots,) 1 where the next token is part of an answer; equal to `weights` unless all tokens count.
     positions, targets: (slots,) flat positions whose next token is learned, and those tokens.
     weights: (slots,) 1 for a token, 0 for an empty slot.
@@ -97,6 +98,7 @@ def prepare(
     answer_tokens: int | None = None,
     *,
     all_tokens: bool = False,
+    mark_real: bool = False,
     fixed_shapes: bool = True,
 ) -> Inputs:
     """Lay a batch out on the CPU.
@@ -105,6 +107,7 @@ def prepare(
         answer_tokens: slots a row (on average over the batch) for learned tokens: what is over is dropped from the end,
             what is missing has weight 0. None: as many as there are.
         all_tokens: a slot for every position, with weight 0 on padding alone.
+        mark_real: say which positions are real where rows are not packed, too.
         fixed_shapes: the borders of packed rows have as many slots in every batch, as a captured step needs it.
             Without, their number is the next power of two: attention starts work on every slot, at a row's length.
     """
@@ -114,11 +117,11 @@ def prepare(
     follows[:, :-1] = batch.loss_mask[:, 1:]
     if packed is not None:
         follows[:, :-1] &= packed.segment_ids[:, 1:] == packed.segment_ids[:, :-1]
+    # A row ends with the last learned token; what comes behind is padding.
+    real = packed.is_real if packed is not None else batch.loss_mask.flip(1).cumsum(1).flip(1) > 0
     if all_tokens:
         positions = torch.arange(rows * seqlen)
         targets = batch.input_ids.roll(-1, dims=1).flatten()
-        # A row ends with the last learned token; what comes behind is padding.
-        real = packed.is_real if packed is not None else batch.loss_mask.flip(1).cumsum(1).flip(1) > 0
         weights, answers = real.flatten().float(), follows.flatten().float()
     else:
         positions = follows.flatten().nonzero().squeeze(1)
@@ -135,13 +138,14 @@ def prepare(
     repeat = embedding.stack_tokens_per_image_token
     layout = token_layout(batch.input_ids, embedding.img_context_token_id, repeat)
     segments = real_positions = None
-    if packed is not None:
+    if packed is not None or mark_real:
         repeats = torch.where(batch.input_ids == embedding.img_context_token_id, repeat, 1).flatten()
+        is_real = real.float()
+        real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
+    if packed is not None:
         stack_ids = packed.segment_ids.flatten().repeat_interleave(repeats).view(rows, -1)
         slots = packed.max_segments if fixed_shapes else _slots(packed.segment_ids)
         segments = Segments.of(stack_ids, slots), Segments.of(packed.segment_ids, slots)
-        is_real = packed.is_real.float()
-        real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
     inputs = Inputs(
         layout, (rows, seqlen), batch.pixels, segments, real_positions, answers, positions, targets, weights
     )
@@ -165,6 +169,20 @@ def hidden_states(model: MMMamba, inputs: Inputs) -> Tensor:
 def answer_hidden(model: MMMamba, inputs: Inputs) -> Tensor:
     """Hidden states at the positions that are learned, (slots, hidden_size)."""
     return hidden_states(model, inputs).flatten(0, 1).index_select(0, inputs.positions)
+
+
+def layer_outputs(model: MMMamba, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
+    """As `answer_hidden`, and what every layer leaves behind it: of the embedding stack and of the language model, each
+    (batch, its seqlen, hidden_size)."""
+    stacks = model.embedding, model.language
+    for stack in stacks:
+        stack.outputs = []
+    try:
+        hidden = answer_hidden(model, inputs)
+        return hidden, [stack.outputs or [] for stack in stacks]
+    finally:
+        for stack in stacks:
+            stack.outputs = None
 
 
 def mean_weights(weights: Tensor) -> Tensor:

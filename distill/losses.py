@@ -14,19 +14,24 @@ MSE_SCALE = 1000.0  # the reference's; keeps bf16 gradients of small errors in r
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What stage 3 minimises: temperature² · KL(teacher || student) + ce_weight · cross-entropy.
+    """What stage 3 minimises: temperature² · KL(teacher || student) + ce_weight · cross-entropy + hidden_weight ·
+    relative error of hidden states.
 
     all_tokens: the divergence counts at every token of a sample, its picture and question too; else where an answer is
         to be learned. Cross-entropy counts on answers alone.
     reduction: "mean" over the tokens that count, or their "sum".
     temperature: divides the logits of both in the divergence. Its gradient falls with temperature², which the factor
         makes up for, so that `ce_weight` and learning rate keep their meaning (Hinton et al., arXiv:1503.02531).
+    hidden_weight: of the `relative_error` between what the layers of both leave behind them, its mean over a stack's
+        layers and tokens and over the two stacks (as TinyBERT's hidden states, arXiv:1909.10351, equation 8). It rises
+        and falls with the learning rate: it shows the way while there is far to go, and leaves the end to the KL.
     """
 
     all_tokens: bool = False
     reduction: Literal["mean", "sum"] = "mean"
     temperature: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -35,6 +40,8 @@ class Objective:
             raise ValueError(f"temperature={self.temperature} must be above 0; 1 leaves the logits alone")
         if not self.ce_weight >= 0:
             raise ValueError(f"ce_weight={self.ce_weight} is below 0; use 0 to leave cross-entropy out")
+        if not self.hidden_weight >= 0:
+            raise ValueError(f"hidden_weight={self.hidden_weight} is below 0; use 0 to leave hidden states alone")
 
     @classmethod
     def reference(cls) -> Objective:
@@ -64,3 +71,17 @@ def token_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     log_p = F.log_softmax(teacher_logits.to(wide) / temperature, dim=-1)
     log_q = F.log_softmax(student_logits.to(wide) / temperature, dim=-1)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """|student - teacher|² / |teacher|² of a hidden state, averaged over tokens; both (batch, seqlen, hidden_size).
+
+    Relative, since the residual stream of some tokens is a hundred times as large as others', and grows with depth.
+
+    Args: weights: (batch, seqlen) of the positions in the mean; None: all the same.
+    """
+    error = (student.float() - teacher.float()).square().sum(dim=-1)
+    error = error / teacher.float().square().sum(dim=-1).clamp(min=1e-6)
+    if weights is None:
+        return error.mean()
+    return (error * weights).sum() / weights.sum().clamp(min=1.0)

@@ -63,6 +63,7 @@ def stage_memory(
     weight_bytes: int = WIDE,
     checkpointing: bool = False,
     scan: Literal["triton", "chunked"] = "triton",
+    hidden_error: bool = False,
     chunk_size: int | None = None,
     loss_tokens: int | None = None,
     loss_chunk: int | None = None,
@@ -71,6 +72,7 @@ def stage_memory(
 
     Args:
         weight_bytes: of a number of the frozen weights; 2 if they are kept in bf16, as the residual stream then is.
+        hidden_error: whether stage 3 compares hidden states, for which those of the teacher are kept.
         chunk_size: of the scan; None: as training has it.
         loss_tokens: tokens that count in stage 3; None: all.       loss_chunk: as `chunked_loss` takes it.
     """
@@ -95,6 +97,8 @@ def stage_memory(
             most = max(most, layer)
             if stage == "stage3" and learning:
                 saved += tokens * stack.hidden_size * min(weight_bytes, WIDE) if checkpointing else layer
+            if hidden_error:
+                saved += tokens * stack.hidden_size * weight_bytes
     loss = 0
     if stage == "stage3":
         count = rows * seqlen if loss_tokens is None else loss_tokens
@@ -134,6 +138,7 @@ def step_memory(
                     weight_bytes=NARROW if recipe.frozen_dtype == "bfloat16" else WIDE,
                     checkpointing=config.activation_checkpointing,
                     scan=scan,
+                    hidden_error=config.hidden_weight > 0,
                     loss_tokens=None if slots is None else rows * slots,
                 )
             )

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.out} holds {len(questions)} of {args.count}")
         return
     device = torch.device(args.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current device
     base = load_base(args.base, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     tokenizer = load_tokenizer(args.tokenizer)

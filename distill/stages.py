@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from distill.chunked_loss import Loss, chunked_loss
 from distill.config import StageConfig
 from distill.convert import make_student
-from distill.inputs import Inputs, answer_hidden, hidden_states, mean_weights
+from distill.inputs import Inputs, answer_hidden, hidden_states, layer_outputs, mean_weights
 from distill.layer_step import Layers, LayerStep, choose
-from distill.losses import MSE_SCALE, Objective, layer_mse
+from distill.losses import MSE_SCALE, Objective, layer_mse, relative_error
 from mmmamba.kernels import select_scan, select_segment_attention, training_chunk
 from mmmamba.layers import RopeTables
 from mmmamba.mixer import Mamba2Mixer
@@ -43,6 +43,7 @@ class Stage(ABC):
     model: MMMamba  # the network that the step runs
     trains: frozenset[str] | None = None  # kinds of parameters that train, and no others; None: undeclared
     all_tokens = False  # `prepare` gives every token a slot, not only those of answers
+    mark_real = False  # `prepare` says which positions are padding
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -58,6 +59,9 @@ class Stage(ABC):
     def learning_rate(self, name: str) -> str:
         """The field of StageConfig that holds a parameter's peak rate."""
         return "lr"
+
+    def follow(self, lr_factor: float) -> None:  # noqa: B027 (most have nothing to do)
+        """Hear the learning rate over its peak, 0 to 1, before a step."""
 
     def kind(self, name: str) -> str:
         """The group of a parameter, as `trains` names it: its place in a layer, whatever the layer."""
@@ -289,6 +293,10 @@ class LogitsStage(Stage):
         self.model = student.requires_grad_(False)
         self.objective = objective
         self.all_tokens = objective.all_tokens
+        self.mark_real = objective.hidden_weight > 0
+        # On the device, where a captured step reads it anew every time.
+        self._hidden_weight = torch.full((), objective.hidden_weight, device=next(student.parameters()).device)
+        self._error = torch.compile(relative_error, dynamic=False) if compiled else relative_error
         self.trains = _trained_kinds(train_vkq=True, train_decay=train_decay)
         for _, layer in paired_layers(teacher, student):
             _train_mixer(layer.mixer, train_decay)
@@ -299,19 +307,41 @@ class LogitsStage(Stage):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def follow(self, lr_factor: float) -> None:
+        self._hidden_weight.fill_(self.objective.hidden_weight * lr_factor)
+
     def compute(self, batches: list[tuple[float, Inputs]]) -> dict[str, Tensor]:
         out = {}
         for weight, inputs in batches:
+            kind = "image" if inputs.is_image else "text"
             with self.autocast():
                 with torch.no_grad():
-                    teacher = answer_hidden(self.teacher, inputs)
-                loss = self._loss(answer_hidden(self.model, inputs), teacher, inputs)
-            (weight * loss.total).backward()
-            kind = "image" if inputs.is_image else "text"
+                    teacher, wanted = self._run(self.teacher, inputs)
+                student, found = self._run(self.model, inputs)
+                loss = self._loss(student, teacher, inputs)
+            total = loss.total
+            if found:
+                error = self._hidden_error(found, wanted, inputs)
+                total = total + self._hidden_weight * error
+                out[f"{kind}_hidden"] = error.detach()
+            (weight * total).backward()
             out[f"{kind}_kl"] = loss.kl
             if self.objective.ce_weight:
                 out[f"{kind}_ce"] = loss.ce
         return out
+
+    def _run(self, model: MMMamba, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
+        """Hidden states of answers, and behind every layer of both stacks if these are to be the same, too."""
+        return layer_outputs(model, inputs) if self.objective.hidden_weight else (answer_hidden(model, inputs), [])
+
+    def _hidden_error(self, found: list[list[Tensor]], wanted: list[list[Tensor]], inputs: Inputs) -> Tensor:
+        # Stack by stack: what is wrong behind the embedding's few layers is wrong in all of the language model's.
+        stacks = []
+        for i, (mine, theirs) in enumerate(zip(found, wanted, strict=True)):
+            real = None if inputs.real is None else inputs.real[i]
+            errors = [self._error(s, t, real) for s, t in zip(mine, theirs, strict=True)]
+            stacks.append(torch.stack(errors).mean())
+        return torch.stack(stacks).mean()
 
     def _loss(self, student: Tensor, teacher: Tensor, inputs: Inputs) -> Loss:
         objective = self.objective

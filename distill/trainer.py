@@ -153,6 +153,7 @@ class Loop:
         self.optimizers = stage_optimizers(stage, parameters, config)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self._gradients = gradients_of(parameters.values())
+        self._stage = stage
         self._run: StepFn = step_runner(stage, self._gradients, graph=graph)
 
     def advance(self, batches: list[WeightedInputs], progress: float) -> dict[str, Tensor]:
@@ -183,6 +184,7 @@ class Loop:
 
     def _set_rates(self, factor: float) -> None:
         self.lr = self.config.lr * factor
+        self._stage.follow(factor)
         for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -256,7 +258,7 @@ def _how_to_go_on(name: str, step: int, store: Checkpoints | None) -> str:
 def _next(
     stage: Stage, config: StageConfig, image_batches: Batches, text_batches: Batches | None, *, fixed_shapes: bool
 ) -> WeightedInputs:
-    options = {"all_tokens": stage.all_tokens, "fixed_shapes": fixed_shapes}
+    options = {"all_tokens": stage.all_tokens, "mark_real": stage.mark_real, "fixed_shapes": fixed_shapes}
     image = prepare(next(image_batches), stage.model.config, config.image_answer_tokens, **options)
     batches = [(1.0, image)]
     if text_batches is not None and config.text_batch:

@@ -59,6 +59,7 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types)
         self.rotary = Rotary(config)
         self.needs_rope = "mha" in config.layer_types
+        self.outputs: list[Tensor] | None = None  # a list, while training wants every layer's output in it
 
     def rope_tables(self, x: Tensor, seqlen_offset: int = 0, total_seqlen: int | None = None) -> RopeTables | None:
         """Rotary tables for x (batch, seqlen, hidden_size), or None in a stack without attention."""
@@ -92,6 +93,8 @@ class DecoderStack(nn.Module):
             rope = self.rope_tables(x, offset, total_seqlen)
         for i, layer in enumerate(self.layers):
             x = layer(x, None if state is None else state.layers[i], offset, rope, segments, padding)
+            if self.outputs is not None:
+                self.outputs.append(x)
         if state is not None:
             state.seqlen += x.shape[1]
         return x

@@ -17,7 +17,7 @@ from distill.data.batches import Batch, pixel_values
 from distill.data.packing import PackedBatch, PackerState, Piece, RowShape, pack
 from distill.evaluate import exact_matches
 from distill.inputs import prepare
-from distill.losses import MSE_SCALE, Objective, layer_mse, token_kl
+from distill.losses import MSE_SCALE, Objective, layer_mse, relative_error, token_kl
 from distill.recompute import recompute_blocks_
 from distill.stages import LayerStage, LogitsStage, Stage, TeacherStage, no_weight_decay, paired_layers
 from distill.trainer import train
@@ -134,6 +134,62 @@ def test_losses_by_hand() -> None:
     assert layer_mse(a.bfloat16(), b.bfloat16()).dtype == torch.float32
     b[:, 2] = 9.0
     assert float(layer_mse(a, b, torch.tensor([[1.0, 1.0, 0.0]]).expand(2, -1))) == 0.25
+
+    wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0], [1.0, 0.0]]])
+    found = wanted * torch.tensor([1.5, 0.9, 4.0])[:, None]
+    assert float(relative_error(found, wanted)) == pytest.approx((0.25 + 0.01 + 9) / 3)
+    assert float(relative_error(found, wanted, torch.tensor([[1.0, 1.0, 0.0]]))) == pytest.approx(0.13)
+    assert relative_error(found.bfloat16(), wanted.bfloat16()).dtype == torch.float32
+
+
+def _gradients_with(weight: float, factor: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and what is logged of a step of stage 3 with a hidden weight, heard the learning rate's factor."""
+    teacher = teacher_of("post")
+    stage = LogitsStage(teacher, student_of(teacher, "post"), compiled=False, objective=Objective(hidden_weight=weight))
+    stage.autocast = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+    stage.follow(factor)
+    logged = run_step(stage, [(1.0, batch("image", 3)), (0.5, batch("text", 3))])
+    return {name: p.grad.clone() for name, p in stage.parameters().items() if p.grad is not None}, logged
+
+
+def test_hidden_states_add_to_the_gradient_and_fade_with_the_learning_rate() -> None:
+    plain, without = _gradients_with(0.0)
+    full, logged = _gradients_with(1.0)
+    half, _ = _gradients_with(1.0, factor=0.5)
+    faded, _ = _gradients_with(1.0, factor=0.0)
+    assert "image_hidden" not in without
+    assert {"image_hidden", "text_hidden"} <= logged.keys()
+    assert logged["image_kl"] == without["image_kl"], "the divergence itself stays what it is"
+    added = {name: full[name] - plain[name] for name in plain}
+    assert max(float(g.abs().max()) for g in added.values()) > 0
+    for name, gradient in plain.items():
+        assert_near(name, half[name], gradient + added[name] / 2, 1e-4)
+        assert_near(name, faded[name], gradient, 1e-6)
+
+
+def test_hidden_states_are_compared_where_tokens_are_real() -> None:
+    teacher = teacher_of("post")
+    stage = LogitsStage(teacher, student_of(teacher, "post"), compiled=False, objective=Objective(hidden_weight=1.0))
+    given = batch("image", 3)
+    mask = given.loss_mask.clone()
+    mask[:, -3:] = False  # what is behind the last answer is padding
+    padded = given._replace(loss_mask=mask)
+    other = padded._replace(input_ids=padded.input_ids.clone())
+    other.input_ids[:, -3:] = (other.input_ids[:, -3:] + 1) % 100
+    first, second = (run_step(stage, [(1.0, rows)])["image_hidden"] for rows in (padded, other))
+    assert float(first) > 0
+    assert float(first) == pytest.approx(float(second), rel=1e-6)
+
+
+def test_a_student_comes_nearer_to_its_teachers_hidden_states() -> None:
+    teacher = teacher_of("post")
+    stage = LogitsStage(teacher, student_of(teacher, "post"), compiled=False, objective=Objective(hidden_weight=10.0))
+    optimizer = torch.optim.Adam(stage.parameters().values(), lr=3e-3)
+    errors = []
+    for _ in range(12):
+        errors.append(float(run_step(stage, [(1.0, batch("image", 3))])["image_hidden"]))
+        optimizer.step()
+    assert errors[-1] < 0.9 * errors[0]
 
 
 def test_layer_gradients_are_those_of_the_stage_loss() -> None:

@@ -78,8 +78,8 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 
 def run_step(stage: Stage, batches: Sequence[tuple[float, Batch | PackedBatch]]) -> dict[str, Tensor]:
     """One step as the trainer runs it, without the optimizer."""
-    every = stage.all_tokens
-    prepared = [(weight, prepare(batch, stage.model.config, all_tokens=every)) for weight, batch in batches]
+    options = {"all_tokens": stage.all_tokens, "mark_real": stage.mark_real}
+    prepared = [(weight, prepare(batch, stage.model.config, **options)) for weight, batch in batches]
     return step_runner(stage, FlatGradients(stage.parameters().values()), graph=False)(prepared)
 
 
