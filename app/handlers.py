@@ -19,6 +19,7 @@ from app.likes import KEPT, Likes
 from app.options import Options
 from app.scratch import scratch_folder
 from app.sessions import Key
+from app.shown import typed
 from app.turns import open_image
 from app.video import Frames, pictures
 
@@ -107,7 +108,7 @@ class Handlers:
     def edit(self, edited: gr.EditData, request: gr.Request, *options: Any) -> Iterator[Update]:
         """Answer a message in other words, from the state before it; what followed stays as a branch."""
         text = edited.value if isinstance(edited.value, str) else str(edited.value)
-        yield from self._again(turn_index(edited.index), text, request, options)
+        yield from self._again(turn_index(edited.index), typed(text), request, options)
 
     def _again(self, index: int, text: str | None, request: gr.Request, options: Sequence[Any]) -> Iterator[Update]:
         key = key_of(request)

@@ -43,7 +43,8 @@ INTRO = (
 HELLO = (
     '<div class="hello"><b>Upload or paste a picture and ask about it,</b><br>or begin with one of the examples.</div>'
 )
-# Names for screen readers where Gradio leaves them out, and Escape, which stops what is being written.
+# Names for screen readers where Gradio leaves them out; Escape, which stops what is being written; copies without the
+# marks of `app.shown`.
 ON_LOAD = """() => {
     const name = () => {
         document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
@@ -57,6 +58,17 @@ ON_LOAD = """() => {
         if (event.key !== "Escape") return;
         for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))
             if (stop.offsetParent !== null && !stop.disabled) stop.click();
+    });
+    const typed = (text) => text.replace(/([<&!])\\u2060/g, "$1");
+    if (navigator.clipboard) {
+        const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+        navigator.clipboard.writeText = (text) => write(typed(text));
+    }
+    document.addEventListener("copy", (event) => {
+        const text = String(getSelection());
+        if (typed(text) === text) return;
+        event.clipboardData.setData("text/plain", typed(text));
+        event.preventDefault();
     });
 }"""
 FOCUS = "() => document.querySelector('#box textarea')?.focus({ preventScroll: true })"
