@@ -70,7 +70,10 @@ class Handlers:
         self, message: dict[str, Any] | None, frames: float, request: gr.Request, *options: Any
     ) -> Iterator[Update]:
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        yield from self._ask(text, files, request, options, int(frames))
+        if text.strip() or files:
+            yield from self._ask(text, files, request, options, int(frames))
+        else:  # a key that was pressed twice, say
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[Update]]:
         """What the button of an example does. Nothing that a browser sends names its file."""

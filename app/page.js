@@ -78,6 +78,14 @@
     };
     window.mmmamba = { store, settled: () => setTimeout(settled, 100) };
 
+    const isBox = (element) => Object.keys(BOXES).some((box) => element.matches?.(box));
+    // A key held down sends once.
+    const once = (event) => {
+        if (event.key !== "Enter" || !event.repeat || event.shiftKey || !isBox(event.target)) return;
+        event.preventDefault();
+        event.stopImmediatePropagation();
+    };
+    document.addEventListener("keydown", once, true);
     document.addEventListener("keydown", (event) => {
         if (event.key !== "Escape") return;
         for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -55,6 +55,9 @@ STORE = """(panel, growth) => {
     window.mmmamba.store("mmmamba-growth", growth);
     window.mmmamba.settled();
 }"""
+# By default Gradio drops a message that comes before it was told the end of the last answer, a moment after the box has
+# opened. This way it waits for that.
+SENT: Literal["always_last"] = "always_last"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -73,7 +76,10 @@ class Panel:
     ) -> Iterator[tuple[Any, ...]]:
         """(box, panel, notice) while the models in `shown` answer."""
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        yield from self._ask(text, files, shown, request, options)
+        if text.strip() or files:
+            yield from self._ask(text, files, shown, request, options)
+        else:
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
         """What the button of an example does. Nothing that a browser sends names its file."""
@@ -276,7 +282,9 @@ def layout(
             image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
         grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
     shown, kept = [box, out, fault], [out, grown]
-    asked = [box.submit(panel.ask, [box, models, *options], shown, **PRIVATE)]
+    asked = [
+        box.submit(panel.ask, [box, models, *options], shown, trigger_mode="always_last", **PRIVATE)
+    ]  # as in the chat
     for button, (name, question) in zip(buttons, examples, strict=True):
         example = panel.example(question, [str(folder / name)])
         asked.append(button.click(example, [models, *options], shown, **PRIVATE))

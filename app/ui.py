@@ -159,7 +159,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     shown = [box, chat, meter, notice, branch]
     # Each of these opens the box itself, whatever happens. Their order is kept by the engine, not by Gradio's queue.
     answers = [
-        box.submit(handlers.ask, [box, frames, *inputs], shown, **PRIVATE),
+        box.submit(handlers.ask, [box, frames, *inputs], shown, trigger_mode=panel.SENT, **PRIVATE),
         chat.retry(handlers.retry, inputs, shown, **PRIVATE),
         chat.edit(handlers.edit, inputs, shown, **PRIVATE),
     ]
