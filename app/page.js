@@ -91,6 +91,18 @@
         for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))
             if (stop.offsetParent !== null && !stop.disabled) stop.click();
     });
+    // A picture in a box that the browser does not know, a TIFF say; in the chat it gets a copy that it knows.
+    const PICTURE =
+        "data:image/svg+xml," +
+        encodeURIComponent(
+            '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40" viewBox="0 0 24 24" fill="none" ' +
+                'stroke="#64748b" stroke-width="1.5"><rect x="3" y="5" width="18" height="14" rx="2"/>' +
+                '<circle cx="9" cy="10" r="1.5"/><path d="m4 18 6-5 4 3 3-2 4 4"/></svg>',
+        );
+    const stand = ({ target }) => {
+        if (target.matches?.("#box img, #compare-box img") && target.src !== PICTURE) target.src = PICTURE;
+    };
+    document.addEventListener("error", stand, true);
     const typed = (text) => text.replace(/([<&!])\u2060/g, "$1");
     if (navigator.clipboard) {
         const write = navigator.clipboard.writeText.bind(navigator.clipboard);

@@ -142,6 +142,6 @@ def test_a_tiff_is_seen(page: Page, tmp_path: Path) -> None:
     with Image.open(EXAMPLES_DIR / "pyramid.jpg") as picture:
         picture.save(path)
     page.set_input_files("#box input[type=file]", str(path))
-    page.wait_for_selector("#box .thumbnail-item")
+    page.wait_for_function("document.querySelector('#box img')?.naturalWidth > 0")  # a sign for it
     ask(page, "what is this", "turn 1 images 1")
     page.wait_for_function("document.querySelector('#chat [data-testid=user] img')?.naturalWidth > 0")
