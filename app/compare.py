@@ -80,6 +80,7 @@ class Compare:
         self.chats = {name: Chat(engine.chats.states) for name in names}
         self.sides = {name: Side(Path(name).name, kind_of(name)) for name in names}
         self.busy = False
+        self._shown: Comparison | None = None
         self._cancel = threading.Event()
         self._changed = threading.Condition()
 
@@ -97,8 +98,10 @@ class Compare:
             self.sides[name] = replace(side, stage="waiting", text="", note="", trace=None)
         ended = threading.Event()
         job = self.engine.submit(lambda: self._steps(text, tuple(images), settings, cancel, ended), owner=self)
-        view = Comparison(text, tuple(images), ())
+        view = self._shown = Comparison(text, tuple(images), ())
         self.busy = True
+        for chat in self.chats.values():
+            chat.resting = False
         try:
             while True:
                 over = ended.wait(MIN_GAP_S)
@@ -120,8 +123,23 @@ class Compare:
             cancel.set()
             self.engine.lane.drop(job)
 
+    @property
+    def shown(self) -> Comparison | None:
+        """The last question with what was answered; None before the first."""
+        if self._shown is None:
+            return None
+        with self._changed:
+            sides = [side if side.text or side.note else replace(side, stage="done") for side in self.sides.values()]
+        return replace(self._shown, sides=tuple(sides), done=True)
+
     def stop(self) -> None:
         self._cancel.set()
+
+    def rest(self) -> None:
+        """Stop, and free every state; what was said stays, and is read again with the next question."""
+        self.stop()
+        for chat in self.chats.values():
+            chat.rest()
 
     def close(self) -> None:
         """Stop, and free every state."""
@@ -179,6 +197,8 @@ class Compare:
         finally:
             if chat.closed:
                 chat.close()
+            elif chat.resting:
+                chat.rest()
 
     def _show(self, run: threading.Event, name: str, **changes: object) -> None:
         with self._changed:

@@ -19,6 +19,7 @@ from app.likes import KEPT, Likes
 from app.options import Options
 from app.scratch import scratch_folder
 from app.sessions import Key
+from app.shown import typed
 from app.turns import open_image
 from app.video import Frames, pictures
 
@@ -28,11 +29,15 @@ ASK_WITHOUT_WORDS = "What is in the picture?"
 UNEXPECTED = "Something went wrong on the server. Nothing of the conversation is lost; try again."
 BUSY = "An answer is being written. Wait for it, or stop it first."
 NOTHING_YET = "Stopped before the first word; the conversation is as it was."
-FORGOTTEN = "The server let this conversation go, unused for long. Reload the page: what this browser kept comes back."
+FORGOTTEN = (
+    "The server no longer has this conversation: it was unused for long, or the server was started anew. "
+    "Reload the page: what this browser kept comes back."
+)
 RESTORED = "This is the conversation that this browser kept. The next question reads it again, once."
 
 LEFT_S, MOST_LEFT = 3600, 32  # how long, and how many conversations stay whose tab seems closed
 MOST_OPENED = 4096
+OPENING_S = 3.0  # how long the event that tells of a new tab may take after its first message
 
 KEEP_NOTHING = "nothing"  # gr.BrowserState leaves what it has at an empty value
 
@@ -55,8 +60,8 @@ class Handlers:
 
     def __init__(self, engine: Engine, options: Options, likes: Likes | None = None) -> None:
         self.engine, self.options, self.likes = engine, options, likes
-        # Tabs that had a conversation (without one now, the server let it go), and when a tab was last left.
-        self._opened: dict[Key, None] = {}
+        # Tabs that were opened, and whether each may have a conversation; when a tab was last left.
+        self._opened: dict[Key, bool] = {}
         self._left: dict[Key, float] = {}
 
     # Answers
@@ -65,7 +70,10 @@ class Handlers:
         self, message: dict[str, Any] | None, frames: float, request: gr.Request, *options: Any
     ) -> Iterator[Update]:
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        yield from self._ask(text, files, request, options, int(frames))
+        if text.strip() or files:
+            yield from self._ask(text, files, request, options, int(frames))
+        else:  # a key that was pressed twice, say
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[Update]]:
         """What the button of an example does. Nothing that a browser sends names its file."""
@@ -79,6 +87,7 @@ class Handlers:
         self, text: str, files: list[str], request: gr.Request, options: Sequence[Any], frames: int = 1
     ) -> Iterator[Update]:
         key = key_of(request)
+        self._await_opened(key)
         chat = self.chat_of(key)
         if files and not text.strip():
             text = ASK_WITHOUT_WORDS
@@ -107,7 +116,7 @@ class Handlers:
     def edit(self, edited: gr.EditData, request: gr.Request, *options: Any) -> Iterator[Update]:
         """Answer a message in other words, from the state before it; what followed stays as a branch."""
         text = edited.value if isinstance(edited.value, str) else str(edited.value)
-        yield from self._again(turn_index(edited.index), text, request, options)
+        yield from self._again(turn_index(edited.index), typed(text), request, options)
 
     def _again(self, index: int, text: str | None, request: gr.Request, options: Sequence[Any]) -> Iterator[Update]:
         key = key_of(request)
@@ -241,7 +250,7 @@ class Handlers:
         else:
             self.engine.chats.drop(key)
             if chat is not None:
-                self._opened.pop(key, None)  # nothing is lost with it
+                self._opened[key] = False  # nothing is lost with it
         self._drop_left()
 
     def _drop_left(self) -> None:
@@ -257,7 +266,7 @@ class Handlers:
         self.engine.warm()
         self._drop_left()
         chat = self.engine.chats.get(key) or self.engine.chats.new(key)
-        self._opened[key] = None
+        self._opened[key] = True
         while len(self._opened) > MOST_OPENED:
             del self._opened[next(iter(self._opened))]
         if chat.busy or chat.turns:
@@ -271,6 +280,12 @@ class Handlers:
                 log.warning("what a browser kept could not be read; it starts anew")
         _, history, meter, notice, branch = self.everything(chat, None, note)
         return self.status(), history, meter, notice, branch
+
+    def _await_opened(self, key: Key) -> None:
+        """A message can be quicker than the event that tells of its tab, which looks like a tab of another server."""
+        until = time.monotonic() + OPENING_S
+        while key not in self._opened and time.monotonic() < until:
+            time.sleep(0.05)
 
     def tick(self) -> tuple[Any, Any]:
         """Progress of loading; ends the timer with it."""
@@ -289,11 +304,13 @@ class Handlers:
             self._left[key] = time.monotonic()  # its browser does not tell a second time that it has left
         if self._is_lost(key):
             return Chat(self.engine.chats.states)
+        self._opened[key] = True
         return self.engine.chats.get(key) or self.engine.chats.new(key)
 
     def _is_lost(self, key: Key) -> bool:
-        """Whether the server let a tab's conversation go."""
-        return key in self._opened and self.engine.chats.get(key) is None
+        """Whether the server let a tab's conversation go, or never knew it: then it was another server's, before this
+        one was started."""
+        return self._opened.get(key, True) and self.engine.chats.get(key) is None
 
     # The model
 

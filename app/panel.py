@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -19,6 +19,7 @@ from app.scratch import scratch_folder
 from app.sides import Sides, kind_of
 from app.views import note as quiet
 from app.views import notice
+from app.visits import Visits
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,37 @@ MIN_GAP_S = 0.12  # between two updates: each carries two charts
 UNEXPECTED = "Something went wrong on the server. Try again."
 TOO_FEW = "Choose two models or more to compare."
 CHANGED = "Other models are compared now, so all of them begin a new conversation."
+GOES_ON = "This is the comparison as it was. With the next question the models read it again, once."
+LOST = (
+    "What you see is kept, but the server no longer has this comparison: it was unused for long, or the server was "
+    "started anew. With the next question all models begin a new one."
+)
+BEGUN_ANEW = (
+    "The server no longer had this comparison: it was unused for long, or the server was started anew. So all models "
+    "begin a new conversation."
+)
+# What the tab's own storage has: its name, and what was shown last.
+STORED = """(tab, panel, growth) => {
+    const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16)).join("-");
+    const store = (name, value) => {
+        try {
+            if (value !== undefined) sessionStorage.setItem(name, JSON.stringify(value));
+            return JSON.parse(sessionStorage.getItem(name));
+        } catch {
+            return null;
+        }
+    };
+    tab = store("mmmamba-tab") ?? store("mmmamba-tab", random()) ?? "";
+    return [tab, store("mmmamba-panel") ?? panel, store("mmmamba-growth") ?? growth];
+}"""
+STORE = """(panel, growth) => {
+    window.mmmamba.store("mmmamba-panel", panel);
+    window.mmmamba.store("mmmamba-growth", growth);
+    window.mmmamba.settled();
+}"""
+# By default Gradio drops a message that comes before it was told the end of the last answer, a moment after the box has
+# opened. This way it waits for that.
+SENT: Literal["always_last"] = "always_last"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -35,8 +67,7 @@ class Panel:
     def __init__(self, engine: Engine, sides: Sides, options: Options, states: Path | None) -> None:
         self.engine, self.sides, self.options = engine, sides, options
         self.states = states or scratch_folder("contexts")
-        self._compares: dict[str, Compare] = {}
-        self._grows: dict[str, Grow] = {}
+        self.visits = Visits()
 
     # Compare
 
@@ -45,7 +76,10 @@ class Panel:
     ) -> Iterator[tuple[Any, ...]]:
         """(box, panel, notice) while the models in `shown` answer."""
         text, files = (message or {}).get("text") or "", list((message or {}).get("files") or [])
-        yield from self._ask(text, files, shown, request, options)
+        if text.strip() or files:
+            yield from self._ask(text, files, shown, request, options)
+        else:
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def example(self, question: str, files: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
         """What the button of an example does. Nothing that a browser sends names its file."""
@@ -61,8 +95,8 @@ class Panel:
         if len(shown_names) < 2:
             yield gr.skip(), gr.skip(), notice(TOO_FEW)
             return
-        compare, changed = self._compare(request, self.sides.called(shown_names))
-        yield _box(False), gr.skip(), quiet(CHANGED) if changed else ""
+        compare, note = self._compare(request, self.sides.called(shown_names))
+        yield _box(False), gr.skip(), quiet(note)
         fault, shown, last = "", "", 0.0
         try:
             settings = Settings.from_dict(self.options.values(options))
@@ -81,32 +115,46 @@ class Panel:
         yield _box(True, given_back), gr.skip(), notice(fault) if fault else gr.skip()
 
     def stop(self, request: gr.Request) -> None:
-        if (compare := self._compares.get(str(request.session_hash))) is not None:
-            compare.stop()
+        visit = self.visits.get(_session(request))
+        if visit is not None and visit.compare is not None:
+            visit.compare.stop()
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
-        self.forget(request)
+        (self.visits.get(_session(request)) or self.visits.open(_session(request), "")).close()
         return _box(True, {"text": "", "files": []}), views.EMPTY_PANEL, ""
 
     def forget(self, request: gr.Request) -> None:
-        """The tab was closed, or a new comparison begins."""
-        key = str(request.session_hash)
-        if (compare := self._compares.pop(key, None)) is not None:
-            compare.close()
-        if (grow := self._grows.pop(key, None)) is not None:
-            grow.stop()
+        """The tab was closed, or its connection broke."""
+        self.visits.leave(_session(request))
 
-    def _compare(self, request: gr.Request, names: tuple[str, ...]) -> tuple[Compare, bool]:
-        """The visitor's comparison of these models, and whether one of others ends for it: a model that did not read
-        the questions before would have another context."""
-        key = str(request.session_hash)
-        before = self._compares.get(key)
+    def opened(self, tab: str, panel: str, growth: str, request: gr.Request) -> tuple[Any, ...]:
+        """(panel, notice, models, growth, csv, png) of a tab that was loaded, again perhaps: what it had. `panel` and
+        `growth` are what its browser kept, shown if the server has nothing."""
+        visit = self.visits.open(_session(request), tab or "")
+        note, models, files = "", gr.skip(), (gr.skip(), gr.skip())
+        if visit.compare is not None and (view := visit.compare.shown) is not None:
+            panel, note = views.panel(view), quiet(GOES_ON)
+            models = [Path(name).name for name in visit.compare.names]
+        elif panel != views.EMPTY_PANEL:
+            note = notice(LOST)
+        if visit.grow is not None:
+            growth, files = views.growth(visit.grow.growth), self._files(visit.grow.growth)
+        return panel, note, models, growth, *files
+
+    def _compare(self, request: gr.Request, names: tuple[str, ...]) -> tuple[Compare, str]:
+        """The visitor's comparison of these models, and what is to be said of it. One of others ends for it: a model
+        that did not read the questions before would have another context."""
+        visit, note = self.visits.get(_session(request)), ""
+        if visit is None:
+            visit, note = self.visits.open(_session(request), ""), BEGUN_ANEW
+        before = visit.compare
         if before is not None and before.names == names:
-            return before, False
+            return before, note
         if before is not None:
+            note = CHANGED if any(chat.turns for chat in before.chats.values()) else note
             before.close()
-        compare = self._compares[key] = Compare(self.engine, names)
-        return compare, before is not None and any(chat.turns for chat in before.chats.values())
+        visit.compare = Compare(self.engine, names)
+        return visit.compare, note
 
     # Grow the context
 
@@ -114,10 +162,10 @@ class Panel:
         self, longest: int, minutes: float, picture: str | None, shown_names: list[str], request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
         """(start, stop, growth, csv, png) while the context grows."""
-        key = str(request.session_hash)
-        if key in self._grows and not self._grows[key].growth.done:
+        visit = self.visits.get(_session(request)) or self.visits.open(_session(request), "")
+        if visit.grow is not None and not visit.grow.growth.done:
             return
-        grow = self._grows[key] = Grow(self.engine, self.sides.called(shown_names), self.states)
+        grow = visit.grow = Grow(self.engine, self.sides.called(shown_names), self.states)
         hide = gr.DownloadButton(visible=False)
         yield gr.Button(interactive=False), gr.Button(interactive=True), gr.skip(), hide, hide
         shown, last, view = "", 0.0, Growth()
@@ -138,8 +186,9 @@ class Panel:
         yield gr.skip(), gr.skip(), gr.skip(), *self._files(view)
 
     def stop_growing(self, request: gr.Request) -> None:
-        if (grow := self._grows.get(str(request.session_hash))) is not None:
-            grow.stop()
+        visit = self.visits.get(_session(request))
+        if visit is not None and visit.grow is not None:
+            visit.grow.stop()
 
     def _files(self, view: Growth) -> tuple[Any, Any]:
         """The measured points as a table and as a picture, if there are any."""
@@ -158,12 +207,18 @@ class Panel:
         return gr.DownloadButton(value=str(table), visible=True), gr.DownloadButton(value=str(picture), visible=True)
 
 
+def _session(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
 def _box(open_: bool, value: dict[str, Any] | None = None) -> Any:
     changes: dict[str, Any] = {} if value is None else {"value": value}
     return gr.MultimodalTextbox(interactive=open_, submit_btn=open_, stop_btn=not open_, **changes)
 
 
-def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]], folder: Path) -> None:
+def layout(
+    demo: gr.Blocks, panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]], folder: Path
+) -> None:
     """The tab's components and their events. `examples`: (file in `folder`, question)."""
     limits = panel.engine.limits
     contexts, most = [c for c in CONTEXTS if c <= limits.max_context], max(0.5, limits.max_minutes)
@@ -226,11 +281,21 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
             table = gr.DownloadButton("Table (CSV)", visible=False, elem_id="grow-csv")
             image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
         grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
-    shown = [box, out, fault]
-    box.submit(panel.ask, [box, models, *options], shown, **PRIVATE)
+    shown, kept = [box, out, fault], [out, grown]
+    asked = [
+        box.submit(panel.ask, [box, models, *options], shown, trigger_mode="always_last", **PRIVATE)
+    ]  # as in the chat
     for button, (name, question) in zip(buttons, examples, strict=True):
-        button.click(panel.example(question, [str(folder / name)]), [models, *options], shown, **PRIVATE)
+        example = panel.example(question, [str(folder / name)])
+        asked.append(button.click(example, [models, *options], shown, **PRIVATE))
     box.stop(panel.stop, queue=False, **PRIVATE)
-    clear.click(panel.clear, None, shown, queue=False, **PRIVATE)
-    start.click(panel.grow, [longest, minutes, picture, models], [start, stop, grown, table, image], **PRIVATE)
+    asked.append(clear.click(panel.clear, None, shown, queue=False, **PRIVATE))
+    asked.append(
+        start.click(panel.grow, [longest, minutes, picture, models], [start, stop, grown, table, image], **PRIVATE)
+    )
     stop.click(panel.stop_growing, queue=False, **PRIVATE)
+    for event in asked:
+        event.success(None, kept, None, js=STORE, **PRIVATE)
+    tab = gr.Textbox(visible=False)
+    load = [out, fault, models, grown, table, image]
+    demo.load(panel.opened, [tab, *kept], load, js=STORED, queue=False, **PRIVATE)

@@ -43,23 +43,11 @@ INTRO = (
 HELLO = (
     '<div class="hello"><b>Upload or paste a picture and ask about it,</b><br>or begin with one of the examples.</div>'
 )
-# Names for screen readers where Gradio leaves them out, and Escape, which stops what is being written.
-ON_LOAD = """() => {
-    const name = () => {
-        document.querySelector("#box textarea")?.setAttribute("aria-label", "Your message");
-        document.querySelector("#compare-box textarea")?.setAttribute("aria-label", "Question to the models");
-        for (const picture of document.querySelectorAll('#chat img[alt=""]'))
-            picture.alt = decodeURIComponent(picture.src.split("/").pop());
-    };
-    name();
-    new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
-    document.addEventListener("keydown", (event) => {
-        if (event.key !== "Escape") return;
-        for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))
-            if (stop.offsetParent !== null && !stop.disabled) stop.click();
-    });
+ON_LOAD = Path(__file__).with_name("page.js").read_text("utf-8")
+ANSWERED = """() => {
+    document.querySelector("#box textarea")?.focus({ preventScroll: true });
+    window.mmmamba.settled();
 }"""
-FOCUS = "() => document.querySelector('#box textarea')?.focus({ preventScroll: true })"
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#download')?.click(), 300)"
 LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -100,7 +88,7 @@ def build(engine: Engine, page: PageOptions | None = None) -> gr.Blocks:
             compare = panel.Panel(engine, sides, options, page.contexts)
             if len(sides.names) > 1:
                 with gr.Tab("Compare with the teacher", id="compare", elem_id="compare-tab"):
-                    panel.layout(compare, inputs, COMPARED, EXAMPLES_DIR)
+                    panel.layout(demo, compare, inputs, COMPARED, EXAMPLES_DIR)
         for block in list(demo.blocks.values()):
             # Gradio deletes what is a day old, its copies of the pictures on buttons too; these are for every visitor.
             if isinstance(block, gr.Button) and block.icon:
@@ -171,7 +159,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     shown = [box, chat, meter, notice, branch]
     # Each of these opens the box itself, whatever happens. Their order is kept by the engine, not by Gradio's queue.
     answers = [
-        box.submit(handlers.ask, [box, frames, *inputs], shown, **PRIVATE),
+        box.submit(handlers.ask, [box, frames, *inputs], shown, trigger_mode=panel.SENT, **PRIVATE),
         chat.retry(handlers.retry, inputs, shown, **PRIVATE),
         chat.edit(handlers.edit, inputs, shown, **PRIVATE),
     ]
@@ -179,7 +167,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         files = [str(EXAMPLES_DIR / name)] if name else []
         answers.append(button.click(handlers.example(question, files), inputs, shown, **PRIVATE))
     for answer in answers:
-        answer.success(None, js=FOCUS, **PRIVATE)
+        answer.success(None, js=ANSWERED, **PRIVATE)
         answer.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
     box.stop(handlers.stop, queue=False, **PRIVATE)
     for event in (clear.click, chat.clear):

@@ -12,6 +12,7 @@ from app.boxes import without_marks
 from app.chat import Chat, Metrics
 from app.engine import LoadStatus, Reply
 from app.panel_views import waiting
+from app.shown import as_seen, as_typed
 
 Message = dict[str, Any]
 
@@ -23,8 +24,9 @@ MEMORY_NOTES = {
 
 
 def user_message(text: str, images: Sequence[str | Path]) -> Message:
-    pictures = [{"path": str(image), "alt_text": Path(image).name} for image in images]
-    return {"role": "user", "content": [*pictures, text]}
+    pictures = [{"path": as_seen(image), "alt_text": Path(image).name} for image in images]
+    # Of a bare string Gradio would take the indentation away.
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": as_typed(text)}]}
 
 
 def messages(chat: Chat, upto: int | None = None) -> list[Message]:
@@ -38,7 +40,7 @@ def messages(chat: Chat, upto: int | None = None) -> list[Message]:
 
 def answer(text: str, drawn: str | None = None) -> Message:
     """What the model said; `drawn` is the picture with the places on it that the answer names."""
-    words = without_marks(text) or "*(no answer)*"
+    words = as_typed(without_marks(text)) or "*(no answer)*"
     picture = [] if drawn is None else [{"path": drawn, "alt_text": "The picture with boxes around what is named"}]
     return {"role": "assistant", "content": [words, *picture] if picture else words}
 
@@ -61,7 +63,7 @@ def branch_of(chat: Chat) -> int | None:
 def reply_text(reply: Reply) -> str:
     """Markdown of an answer being written, or of what is being waited for."""
     if reply.text:
-        return without_marks(reply.text)
+        return as_typed(without_marks(reply.text))
     if reply.stage == "waiting":
         return f"*{waiting(reply.ahead, reply.wait_s)}*"
     if reply.stage == "loading":

@@ -238,7 +238,8 @@ def test_stages_of_an_answer_are_shown(reply: Reply, shows: str) -> None:
 
 def test_messages_hold_pictures_then_words() -> None:
     user = views.user_message("what", ["/tmp/a.png"])
-    assert user == {"role": "user", "content": [{"path": "/tmp/a.png", "alt_text": "a.png"}, "what"]}
+    words = {"type": "text", "text": "what"}
+    assert user == {"role": "user", "content": [{"path": "/tmp/a.png", "alt_text": "a.png"}, words]}
     assert views.messages(Chat()) == []
 
 

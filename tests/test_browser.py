@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from app.engine import Engine
+from app.handlers import Handlers
 from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 from tests.fakes import FakeBackend, FakeLoader, Pace
@@ -427,6 +428,25 @@ def test_escape_stops_and_focus_returns(page: Page) -> None:
     unlocked(page)
     assert len(bubbles(page, "bot")[-1].split()) < 200
     page.wait_for_function(f"document.activeElement === document.querySelector({BOX!r})")
+
+
+def test_a_message_sent_the_moment_the_box_opens_is_answered(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio takes an event for under way until its end was told, a moment after the update that opens the box."""
+    show = Handlers._show
+
+    def slow_to_end(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from show(*args, **kwargs)
+        time.sleep(1)
+
+    monkeypatch.setattr(Handlers, "_show", slow_to_end)
+    for i, text in enumerate(("one", "two", "three")):
+        ask(page, text)
+        bot(page, f"turn {i + 1} images 0: {text}")
+        unlocked(page)
+    page.press(BOX, "Enter")
+    page.wait_for_timeout(1500)
+    assert page.locator("#notice [role=alert]").count() == 0
+    assert bubbles(page, "user") == ["one", "two", "three"], "nothing was sent"
 
 
 def test_shift_enter_is_a_new_line(page: Page) -> None:
