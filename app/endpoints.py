@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gradio as gr
+from gradio.components.multimodal_textbox import MultimodalData
 
 from app.chat import Chat
 from app.compare import Compare
@@ -35,6 +37,21 @@ MOST_COMPARISONS = 64  # conversations with both models that are held for script
 SETTINGS: tuple[str, ...] = ("temperature", "top_p", "max_new_tokens", "max_tiles", "greedy", "seed")
 SETTINGS += ("top_k", "min_p", "repetition_penalty", "system")
 UNKNOWN_SESSION = "This session_id is not known: it has ended or was unused for long. Leave it empty to start anew."
+
+
+class ScriptMessage(MultimodalData):
+    """What `message` must be, said in plain words: Gradio's own check tells a script nothing."""
+
+    @classmethod
+    def model_validate(cls, value: Any, **how: Any) -> Self:  # type: ignore[override]
+        """A text alone is a message without files.  Raises: gr.Error naming what came and what fits."""
+        message = {"text": value} if isinstance(value, str) else value
+        if not isinstance(message, dict) or not isinstance(message.get("text", ""), str):
+            raise gr.Error(f'message is {value!r:.80}; use {{"text": "...", "files": [...]}}.', print_exception=False)
+        files = message.get("files") or []
+        if not isinstance(files, list) or any(isinstance(file, str) for file in files):
+            raise gr.Error("files are no files; send each through handle_file(path).", print_exception=False)
+        return super().model_validate({"text": message.get("text", ""), "files": files}, **how)
 
 
 class Endpoints:
@@ -129,7 +146,7 @@ class Endpoints:
         model, why it goes no further), "precisions" (by model), "done"}.
         """
         try:
-            if not all(isinstance(value, int | float) for value in (longest, minutes)):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
             grow = Grow(self.engine, self.sides.called(models), self._states)
             for growth in grow.run(int(longest), 60 * minutes, image or None):
@@ -192,11 +209,15 @@ def layout(endpoints: Endpoints, limits: Limits) -> None:
     hidden: dict[str, Any] = {"visible": False}
     for name, handler in (("chat", endpoints.chat), ("compare", endpoints.compare)):
         message = gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden)
+        message.data_model = ScriptMessage
         session = gr.Textbox("", label="session_id", **hidden)
         more = {"models": _models(endpoints.sides)} if name == "compare" else {}
         _public(_named(handler, *more), [message, session, *_options(limits), *more.values()], name)
     longest = gr.Number(min(CONTEXTS[1], limits.max_context), label="longest", precision=0, **hidden)
     minutes = gr.Number(min(3, limits.max_minutes), label="minutes", **hidden)
+    numbers: list[Any] = [longest, minutes]
+    for number in numbers:
+        number.preprocess = lambda value: value  # `benchmark` checks it, and names it
     image = gr.File(label="image", file_types=["image"], type="filepath", **hidden)
     _public(endpoints.benchmark, [longest, minutes, image, _models(endpoints.sides)], "benchmark")
     _public(endpoints.info, [], "info", queue=False)

@@ -59,6 +59,19 @@ ON_LOAD = """() => {
             if (stop.offsetParent !== null && !stop.disabled) stop.click();
     });
 }"""
+# A picture let go beside the message box would replace the page by the picture, with all that was typed.
+DROP = """() => {
+    const held = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+    document.addEventListener("dragover", (event) => { if (held(event)) event.preventDefault(); });
+    document.addEventListener("drop", (event) => {
+        if (!held(event) || event.defaultPrevented) return;
+        event.preventDefault();
+        if (event.target.closest("#box, #compare-box")) return;
+        const inputs = document.querySelectorAll("#box textarea, #compare-box textarea");
+        [...inputs].find((one) => one.offsetParent !== null)?.dispatchEvent(
+            new DragEvent("drop", { dataTransfer: event.dataTransfer, bubbles: true, cancelable: true }));
+    });
+}"""
 FOCUS = "() => document.querySelector('#box textarea')?.focus({ preventScroll: true })"
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#download')?.click(), 300)"
 LATEX: list[dict[str, str | bool]] = [
@@ -197,6 +210,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
     demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
     demo.load(None, js=ON_LOAD, **PRIVATE)
+    demo.load(None, js=DROP, **PRIVATE)
     return inputs
 
 

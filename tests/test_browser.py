@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from app.engine import Engine
 from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
+from tests.conftest import CHROMIUMS
 from tests.fakes import FakeBackend, FakeLoader, Pace
 
 if TYPE_CHECKING:
@@ -287,6 +290,99 @@ def test_paste_of_a_picture(page: Page) -> None:
     page.wait_for_selector("#box img")
     ask(page, "what is this")
     bot(page, "turn 1 images 1: what is this")
+
+
+@pytest.mark.parametrize("where", [BOX, "#chat", "#examples"])
+def test_a_picture_can_be_let_go_anywhere(page: Page, where: str) -> None:
+    page.evaluate(
+        """async (where) => {
+            const blob = await new Promise((done) => {
+                const canvas = document.createElement("canvas");
+                canvas.width = canvas.height = 32;
+                canvas.toBlob(done, "image/png");
+            });
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([blob], "dropped.png", { type: "image/png" }));
+            const events = ["dragenter", "dragover", "drop"].map(
+                (kind) => new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true })
+            );
+            for (const event of events) document.querySelector(where).dispatchEvent(event);
+            if (!events[2].defaultPrevented) throw new Error("the browser would show the picture in place of the page");
+        }""",
+        where,
+    )
+    page.wait_for_selector("#box img")
+    ask(page, "what is this")
+    bot(page, "turn 1 images 1: what is this")
+
+
+def test_camera(browser: Browser, url: str) -> None:
+    """With the moving picture that Chromium has in place of a camera."""
+    with browser.browser_type.launch(
+        executable_path=next((found for name in CHROMIUMS if (found := shutil.which(name))), None),
+        args=["--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+    ) as with_camera:
+        page = with_camera.new_page()
+        page.set_default_timeout(HANGS_MS)
+        page.goto(url)
+        page.wait_for_selector(BOX)
+        page.fill(BOX, "what is this")
+        page.click("#camera > button")
+        page.click("#camera button:has-text('Webcam')")
+        page.click("#camera button[aria-label='capture photo']")
+        page.wait_for_selector("#camera img")
+        page.click("#camera-use")
+        page.wait_for_selector("#box img")
+        assert page.input_value(BOX) == "what is this"
+        page.press(BOX, "Enter")
+        bot(page, "turn 1 images 1: what is this")
+
+
+MARKDOWN = """[say]It is **bold**, \\(x^2\\) and costs $5 or $6.
+
+```python
+print("hello")
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+$$\\frac{a}{b}$$"""
+
+
+def test_markdown_code_and_formulas(page: Page) -> None:
+    page.fill(BOX, MARKDOWN)
+    page.press(BOX, "Enter")
+    unlocked(page)
+    answer = page.locator("#chat [data-testid=bot]").last
+    answer.locator("table").wait_for()
+    assert answer.locator("strong").inner_text() == "bold"
+    assert answer.locator(".katex").count() == 2
+    assert "costs $5 or $6" in answer.inner_text()
+    assert 'print("hello")' in answer.locator("pre").inner_text()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    answer.locator("pre").hover()
+    answer.locator("button").first.click()
+    page.wait_for_function("window.copied !== undefined")
+    assert page.evaluate("window.copied").strip() == 'print("hello")'
+
+
+def test_opening_the_settings_changes_none(page: Page) -> None:
+    """Gradio makes a zero of an empty number that was folded away."""
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.post_data or "") if "queue/join" in request.url else None)
+    ask(page, "hello")
+    bot(page, "turn 1")
+    unlocked(page)
+    page.click("#settings > button")
+    page.click("#more > button")
+    page.wait_for_selector("#seed textarea, #seed input")
+    page.wait_for_timeout(500)
+    ask(page, "again")
+    bot(page, "turn 2")
+    before, after = (next(json.loads(data)["data"] for data in sent if text in data) for text in ("hello", "again"))
+    assert after[1:] == before[1:]
 
 
 def test_two_tabs_do_not_mix(browser: Browser, page: Page, url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -194,6 +195,35 @@ def test_benchmark_streams_points_over_predictions(client: Client) -> None:
 def test_limits_hold_for_benchmarks(client: Client, longest: int, minutes: float, says: str) -> None:
     with pytest.raises(AppError, match=says):
         call(client, "/benchmark", longest, minutes)
+
+
+@pytest.mark.parametrize("value", ["far", None])
+def test_a_benchmark_wants_numbers(client: Client, value: Any) -> None:
+    with pytest.raises(AppError, match="use numbers"):
+        call(client, "/benchmark", value, 1)
+
+
+# Messages
+
+
+@pytest.mark.parametrize("endpoint", ["/chat", "/compare"])
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (5, 'message is 5; use {"text"'),
+        ({"text": ["a"], "files": []}, "message is "),
+        ({"text": "a", "files": "x.png"}, "handle_file"),
+        ({"text": "a", "files": ["x.png"]}, "handle_file"),
+    ],
+)
+def test_what_is_no_message_is_told(client: Client, endpoint: str, sent: Any, says: str) -> None:
+    with pytest.raises(AppError, match=re.escape(says)):
+        call(client, endpoint, sent)
+
+
+def test_a_text_alone_is_a_message(client: Client) -> None:
+    assert call(client, "/chat", "hello")[-1]["text"] == "turn 1 images 0: hello"
+    assert call(client, "/chat", {"text": "hello"})[-1]["text"] == "turn 1 images 0: hello"
 
 
 # /info
