@@ -1,4 +1,4 @@
-"""Draw the example pictures of shapes, an icon and a flag: `python docs/draw_examples.py` writes them to app/examples."""
+"""Draw the examples of shapes, of an icon and of a flag: `python docs/draw_examples.py` writes them to app/examples."""
 
 from __future__ import annotations
 
