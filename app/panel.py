@@ -26,6 +26,7 @@ MIN_GAP_S = 0.12  # between two updates: each carries two charts
 UNEXPECTED = "Something went wrong on the server. Try again."
 TOO_FEW = "Choose two models or more to compare."
 CHANGED = "Other models are compared now, so all of them begin a new conversation."
+FOCUS = "() => document.querySelector('#compare-box textarea')?.focus({ preventScroll: true })"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -227,9 +228,12 @@ def layout(panel: Panel, options: list[Any], examples: Sequence[tuple[str, str]]
             image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
         grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
     shown = [box, out, fault]
-    box.submit(panel.ask, [box, models, *options], shown, **PRIVATE)
+    answers = [box.submit(panel.ask, [box, models, *options], shown, **PRIVATE)]
     for button, (name, question) in zip(buttons, examples, strict=True):
-        button.click(panel.example(question, [str(folder / name)]), [models, *options], shown, **PRIVATE)
+        example = panel.example(question, [str(folder / name)])
+        answers.append(button.click(example, [models, *options], shown, **PRIVATE))
+    for answer in answers:
+        answer.success(None, js=FOCUS, **PRIVATE)
     box.stop(panel.stop, queue=False, **PRIVATE)
     clear.click(panel.clear, None, shown, queue=False, **PRIVATE)
     start.click(panel.grow, [longest, minutes, picture, models], [start, stop, grown, table, image], **PRIVATE)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 
 from app.engine import Engine
 from app.models import MemoryNeed
@@ -28,8 +29,15 @@ PYRAMID = EXAMPLES_DIR / "pyramid.jpg"
 BOX = "#box textarea"
 SEND = "#box button.submit-button"
 STOP = "#box button.stop-button"
-WORD_S = 0.02
+WORD_S, LONG_WORD_S = 0.02, 0.1
 HANGS_MS = 60_000
+# Sets `window.seen` to the moment at which a condition, a function as text, first holds.
+WATCH = """(condition) => {
+    const holds = eval(condition);
+    window.seen = undefined;
+    const look = () => { if (holds()) window.seen = performance.now(); else requestAnimationFrame(look); };
+    look();
+}"""
 KEPT = "JSON.stringify(localStorage)"
 
 
@@ -41,7 +49,7 @@ def likes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(likes: Path) -> Iterator[str]:
     # What is to be stopped takes so long that also a busy machine is there in time.
-    engine = Engine("fake", loader=FakeLoader(load_s=0.5, pace=Pace(WORD_S, long_s=0.1, read_s=30)))
+    engine = Engine("fake", loader=FakeLoader(load_s=0.5, pace=Pace(WORD_S, long_s=LONG_WORD_S, read_s=30)))
     blocks = build(engine, PageOptions(teacher="fake-teacher", likes=likes))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url
@@ -146,6 +154,29 @@ def test_answer_streams(page: Page) -> None:
         assert not any("word199" in text for text in shown), f"only {len(seen)} steps of the answer were seen"
     page.click(STOP)
     unlocked(page)
+
+
+def test_first_word_and_stop_are_quick(page: Page) -> None:
+    """0.3 s from the first word to seeing it, the way from the Enter key to the model counted in, and 0.5 s from a click on
+    stop to an open box; the best of some tries, as this machine may be busy."""
+    page.wait_for_selector("#model .chip-ready")
+    first_ms, stop_ms = [], []
+    for count in range(1, 6):
+        page.fill(BOX, "[long]")
+        answer = f"document.querySelectorAll('#chat [data-testid=bot]')[{count - 1}]"
+        page.evaluate(WATCH, f"() => {answer}?.innerText.includes('word')")
+        page.evaluate("window.started = performance.now()")
+        page.press(BOX, "Enter")
+        page.wait_for_function("window.seen !== undefined")
+        first_ms.append(page.evaluate("window.seen - window.started"))
+        page.wait_for_selector(STOP)
+        page.evaluate(WATCH, f"() => document.querySelector({SEND!r})")
+        page.evaluate(f"window.started = performance.now(), document.querySelector({STOP!r}).click()")
+        page.wait_for_function("window.seen !== undefined")
+        stop_ms.append(page.evaluate("window.seen - window.started"))
+        unlocked(page)
+    assert min(first_ms) < 300 + 1000 * LONG_WORD_S, first_ms
+    assert min(stop_ms) < 500, stop_ms
 
 
 def test_stop_ends_an_answer_and_the_chat_goes_on(page: Page) -> None:
@@ -548,6 +579,7 @@ def test_comparison_shows_both_answers_and_their_figures(page: Page) -> None:
     page.press("#compare-box textarea", "Enter")
     page.wait_for_selector("#panel .side-teacher .words:has-text('turn 1 images 0: what is this')")
     page.wait_for_selector("#panel:has-text('The answers are equal.')")
+    page.wait_for_function("document.activeElement === document.querySelector('#compare-box textarea')")
     text = page.inner_text("#panel")
     for part in ("Student, linear", "Teacher, a transformer", "5.0 MiB", "none", "Key-value cache", "in turn"):
         assert part in text
@@ -566,6 +598,11 @@ def test_context_grows_stops_and_downloads(page: Page) -> None:
     with page.expect_download() as download:
         page.click("#grow-csv")
     assert Path(download.value.path()).read_text().startswith("model,kind,context")
+    with page.expect_download() as download:
+        page.click("#grow-png")
+    with Image.open(download.value.path()) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:
