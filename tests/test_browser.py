@@ -157,8 +157,8 @@ def test_answer_streams(page: Page) -> None:
 
 
 def test_first_word_and_stop_are_quick(page: Page) -> None:
-    """0.3 s from the first word to seeing it, the way from the Enter key to the model counted in, and 0.5 s from a click on
-    stop to an open box; the best of some tries, as this machine may be busy."""
+    """0.3 s from the first word to seeing it, the way from the Enter key to the model counted in, and 0.5 s from a
+    click on stop to an open box; the best of some tries, as this machine may be busy."""
     page.wait_for_selector("#model .chip-ready")
     first_ms, stop_ms = [], []
     for count in range(1, 6):
