@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import gradio as gr
 from gradio.components.multimodal_textbox import MultimodalData
@@ -31,7 +32,9 @@ from app.sessions import Sessions, new_session_id
 from app.sides import Sides
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+REPEAT_S = 0.4  # without news a script hears the same again, so that one that has left is noticed
 MOST_COMPARISONS = 64  # conversations with both models that are held for scripts
 # Names of the parameters after message and session_id, in order; those added later stand at the end.
 SETTINGS: tuple[str, ...] = ("temperature", "top_p", "max_new_tokens", "max_tiles", "greedy", "seed")
@@ -81,7 +84,7 @@ class Endpoints:
             if chat is None:
                 session_id = new_session_id()
                 chat = self.engine.chats.new(("api", session_id))
-            for reply in self.engine.reply(chat, text, files, settings):
+            for reply in news(self.engine.reply(chat, text, files, settings)):
                 yield chat_record(reply, session_id)
         except EngineError as error:
             if chat is not None and not chat.turns:
@@ -123,7 +126,7 @@ class Endpoints:
                 self.compares.put(("compare", session_id), compare)
             if compare.busy:
                 raise EngineError("Both models are still answering in this session. Wait for that.", blame="busy")
-            for view in compare.ask(text, files, settings):
+            for view in news(compare.ask(text, files, settings)):
                 yield compare_record(view, session_id)
         except EngineError as error:
             if compare is not None and not any(chat.turns for chat in compare.chats.values()):
@@ -149,7 +152,7 @@ class Endpoints:
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
             grow = Grow(self.engine, self.sides.called(models), self._states)
-            for growth in grow.run(int(longest), 60 * minutes, image or None):
+            for growth in news(grow.run(int(longest), 60 * minutes, image or None)):
                 if growth.error:
                     raise EngineError(growth.error)
                 yield benchmark_record(growth, int(longest))
@@ -164,6 +167,15 @@ class Endpoints:
         "limits", "waiting", "max_waiting"}.
         """
         return info_record(self.engine, self.sides.names)
+
+
+def news(states: Iterable[T]) -> Iterator[T]:
+    """Those that differ from the one before, and the same again every `REPEAT_S`."""
+    shown, last = None, 0.0
+    for state in states:
+        if state != shown or time.monotonic() - last >= REPEAT_S:
+            shown, last = state, time.monotonic()
+            yield state
 
 
 def _parts(message: dict[str, Any] | None) -> tuple[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +14,10 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from app.engine import Engine, Limits
-from app.grow import CONTEXTS
+from app.endpoints import SETTINGS, Endpoints
+from app.engine import Engine, Limits, Reply, Settings
+from app.grow import CONTEXTS, Growth
+from app.sides import sides_of
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 from mmmamba.sweep import Point, to_csv
 from tests.fakes import STATE_BYTES, FakeLoader
@@ -195,6 +197,24 @@ def test_benchmark_streams_points_over_predictions(client: Client) -> None:
 def test_limits_hold_for_benchmarks(client: Client, longest: int, minutes: float, says: str) -> None:
     with pytest.raises(AppError, match=says):
         call(client, "/benchmark", longest, minutes)
+
+
+def test_scripts_hear_news_not_the_same_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine repeats itself every 80 ms, for pages that may have been closed."""
+
+    def twenty_times(*states: Any) -> Callable[..., Iterator[Any]]:
+        return lambda *args: (state for state in states for _ in range(20))
+
+    monkeypatch.setattr("app.grow.Grow.run", twenty_times(Growth(doing="reading"), Growth(doing="done", done=True)))
+    replies = Reply(stage="reading"), Reply("Two", "writing"), Reply("Two.", "done", finish_reason="stop")
+    monkeypatch.setattr(engine, "reply", twenty_times(*replies))
+    endpoints = Endpoints(engine, sides_of("fake", "fake-teacher"))
+    asked = {"text": "How many?", "files": []}
+    options = [getattr(Settings(), name) for name in SETTINGS]
+    assert [update["doing"] for update in endpoints.benchmark(1024, 1)] == ["reading", "done"]
+    assert [update["text"] for update in endpoints.chat(asked, "", *options)] == ["", "Two", "Two."]
+    monkeypatch.setattr("app.endpoints.REPEAT_S", 0.0)
+    assert len(list(endpoints.benchmark(1024, 1))) == 40, "one that has left while nothing happens must be noticed"
 
 
 @pytest.mark.parametrize("value", ["far", None])
