@@ -36,9 +36,9 @@ def find_places(text: str) -> list[Place]:
     return found
 
 
-def without_marks(text: str) -> str:
-    """The answer for people: names in bold, boxes left out. A mark that is still being written is held back."""
-    text = _PLACE.sub(lambda match: f"**{match['name'].strip()}**" if match["name"] else "", text)
+def without_marks(text: str, bold: str = "**") -> str:
+    """The answer for people: names between `bold`, boxes left out. A mark that is still being written is held back."""
+    text = _PLACE.sub(lambda match: f"{bold}{match['name'].strip()}{bold}" if match["name"] else "", text)
     return re.sub(r"<(?:ref|box)>[^<]*(?:</ref>\s*)?(?:<box>[^<]*)?$", "", text)
 
 

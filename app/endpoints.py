@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import gradio as gr
+from gradio.components.multimodal_textbox import MultimodalData
 
 from app.chat import Chat
 from app.compare import Compare
@@ -29,12 +32,29 @@ from app.sessions import Sessions, new_session_id
 from app.sides import Sides
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+REPEAT_S = 0.4  # without news a script hears the same again, so that one that has left is noticed
 MOST_COMPARISONS = 64  # conversations with both models that are held for scripts
 # Names of the parameters after message and session_id, in order; those added later stand at the end.
 SETTINGS: tuple[str, ...] = ("temperature", "top_p", "max_new_tokens", "max_tiles", "greedy", "seed")
 SETTINGS += ("top_k", "min_p", "repetition_penalty", "system")
 UNKNOWN_SESSION = "This session_id is not known: it has ended or was unused for long. Leave it empty to start anew."
+
+
+class ScriptMessage(MultimodalData):
+    """What `message` must be, said in plain words: Gradio's own check tells a script nothing."""
+
+    @classmethod
+    def model_validate(cls, value: Any, **how: Any) -> Self:  # type: ignore[override]
+        """A text alone is a message without files.  Raises: gr.Error naming what came and what fits."""
+        message = {"text": value} if isinstance(value, str) else value
+        if not isinstance(message, dict) or not isinstance(message.get("text", ""), str):
+            raise gr.Error(f'message is {value!r:.80}; use {{"text": "...", "files": [...]}}.', print_exception=False)
+        files = message.get("files") or []
+        if not isinstance(files, list) or any(isinstance(file, str) for file in files):
+            raise gr.Error("files are no files; send each through handle_file(path).", print_exception=False)
+        return super().model_validate({"text": message.get("text", ""), "files": files}, **how)
 
 
 class Endpoints:
@@ -64,7 +84,7 @@ class Endpoints:
             if chat is None:
                 session_id = new_session_id()
                 chat = self.engine.chats.new(("api", session_id))
-            for reply in self.engine.reply(chat, text, files, settings):
+            for reply in news(self.engine.reply(chat, text, files, settings)):
                 yield chat_record(reply, session_id)
         except EngineError as error:
             if chat is not None and not chat.turns:
@@ -106,7 +126,7 @@ class Endpoints:
                 self.compares.put(("compare", session_id), compare)
             if compare.busy:
                 raise EngineError("Both models are still answering in this session. Wait for that.", blame="busy")
-            for view in compare.ask(text, files, settings):
+            for view in news(compare.ask(text, files, settings)):
                 yield compare_record(view, session_id)
         except EngineError as error:
             if compare is not None and not any(chat.turns for chat in compare.chats.values()):
@@ -129,10 +149,10 @@ class Endpoints:
         model, why it goes no further), "precisions" (by model), "done"}.
         """
         try:
-            if not all(isinstance(value, int | float) for value in (longest, minutes)):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in (longest, minutes)):
                 raise EngineError(f"longest is {longest!r} and minutes {minutes!r}; use numbers.")
             grow = Grow(self.engine, self.sides.called(models), self._states)
-            for growth in grow.run(int(longest), 60 * minutes, image or None):
+            for growth in news(grow.run(int(longest), 60 * minutes, image or None)):
                 if growth.error:
                     raise EngineError(growth.error)
                 yield benchmark_record(growth, int(longest))
@@ -147,6 +167,15 @@ class Endpoints:
         "limits", "waiting", "max_waiting"}.
         """
         return info_record(self.engine, self.sides.names)
+
+
+def news(states: Iterable[T]) -> Iterator[T]:
+    """Those that differ from the one before, and the same again every `REPEAT_S`."""
+    shown, last = None, 0.0
+    for state in states:
+        if state != shown or time.monotonic() - last >= REPEAT_S:
+            shown, last = state, time.monotonic()
+            yield state
 
 
 def _parts(message: dict[str, Any] | None) -> tuple[str, list[str]]:
@@ -192,11 +221,15 @@ def layout(endpoints: Endpoints, limits: Limits) -> None:
     hidden: dict[str, Any] = {"visible": False}
     for name, handler in (("chat", endpoints.chat), ("compare", endpoints.compare)):
         message = gr.MultimodalTextbox(label="message", file_types=["image"], file_count="multiple", **hidden)
+        message.data_model = ScriptMessage
         session = gr.Textbox("", label="session_id", **hidden)
         more = {"models": _models(endpoints.sides)} if name == "compare" else {}
         _public(_named(handler, *more), [message, session, *_options(limits), *more.values()], name)
     longest = gr.Number(min(CONTEXTS[1], limits.max_context), label="longest", precision=0, **hidden)
     minutes = gr.Number(min(3, limits.max_minutes), label="minutes", **hidden)
+    numbers: list[Any] = [longest, minutes]
+    for number in numbers:
+        number.preprocess = lambda value: value  # `benchmark` checks it, and names it
     image = gr.File(label="image", file_types=["image"], type="filepath", **hidden)
     _public(endpoints.benchmark, [longest, minutes, image, _models(endpoints.sides)], "benchmark")
     _public(endpoints.info, [], "info", queue=False)

@@ -94,5 +94,8 @@ def _words(text: str) -> list[str]:
 
 
 def smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Running median: single slow moments of the machine do not make spikes."""
-    return [median(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    """Running median over `width` neighbours, at the ends too: single slow moments of the machine, such as that of the
+    first token after a pause, do not make spikes."""
+    last = max(0, len(values) - width)
+    starts = (min(max(0, i - width // 2), last) for i in range(len(values)))
+    return [median(values[start : start + width]) for start in starts]

@@ -36,7 +36,7 @@ class Options:
     def values(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Settings by name from the components' values; an empty seed or system prompt is none."""
         named = dict(zip(self.NAMES, inputs, strict=True))
-        return named | {"system": (named["system"] or "").strip() or None}
+        return named | {"system": (named["system"] or "").strip() or None, "seed": _whole(named["seed"])}
 
     def restore(self, settings: Mapping[str, Any]) -> list[Any]:
         """Updates that set the components to saved settings; what this server does not take stays as it is."""
@@ -45,7 +45,8 @@ class Options:
             try:
                 Settings.from_dict({name: settings[name]})
                 limit = getattr(self.limits, name, math.inf)
-                updates.append(settings[name] if name == "system" or (settings[name] or 0) <= limit else gr.skip())
+                fits = name == "system" or (settings[name] or 0) <= limit
+                updates.append(_typed(name, settings[name]) if fits else gr.skip())
             except (KeyError, EngineError, TypeError):
                 updates.append(gr.skip())
         return updates
@@ -89,7 +90,15 @@ class Options:
                     info="Above 1: fewer repeats",
                     **PLAIN,
                 ),
-                gr.Number(None, label="Seed", info="The same seed, the same answer", precision=0, minimum=0),
+                # No gr.Number: an empty one becomes 0 as soon as what it is folded into is opened, and every answer to
+                # a question would be the same from then on.
+                gr.Textbox(
+                    "",
+                    label="Seed",
+                    info="The same seed, the same answer; empty: another answer each time",
+                    max_lines=1,
+                    elem_id="seed",
+                ),
                 gr.Textbox(
                     "",
                     label="System prompt",
@@ -99,3 +108,14 @@ class Options:
                 ),
             ]
         return [*often, *seldom]
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as it was typed; None for nothing. What is no number stays, for `Settings` to name."""
+    text = str("" if value is None else value).strip()
+    return int(text) if text.removeprefix("-").isdecimal() else text or None
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A saved setting as its component takes it."""
+    return ("" if value is None else str(value)) if name in ("seed", "system") else value

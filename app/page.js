@@ -91,6 +91,19 @@
         for (const stop of document.querySelectorAll("#box .stop-button, #compare-box .stop-button, #grow-stop"))
             if (stop.offsetParent !== null && !stop.disabled) stop.click();
     });
+    // A picture let go beside the message box would replace the page by the picture, with all that was typed.
+    const held = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+    document.addEventListener("dragover", (event) => {
+        if (held(event)) event.preventDefault();
+    });
+    document.addEventListener("drop", (event) => {
+        if (!held(event) || event.defaultPrevented) return;
+        event.preventDefault();
+        if (event.target.closest("#box, #compare-box")) return;
+        const open = [...document.querySelectorAll(Object.keys(BOXES).join())].find((box) => box.offsetParent !== null);
+        const files = { dataTransfer: event.dataTransfer, bubbles: true, cancelable: true };
+        open?.dispatchEvent(new DragEvent("drop", files));
+    });
     // A picture in a box that the browser does not know, a TIFF say; in the chat it gets a copy that it knows.
     const PICTURE =
         "data:image/svg+xml," +
@@ -103,7 +116,7 @@
         if (target.matches?.("#box img, #compare-box img") && target.src !== PICTURE) target.src = PICTURE;
     };
     document.addEventListener("error", stand, true);
-    const typed = (text) => text.replace(/([<&!])\u2060/g, "$1");
+    const typed = (text) => text.replace(/([<&!])\u2060/g, "$1").replace(/\u2060(?=[.)])/g, "");
     if (navigator.clipboard) {
         const write = navigator.clipboard.writeText.bind(navigator.clipboard);
         navigator.clipboard.writeText = (text) => write(typed(text));

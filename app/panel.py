@@ -58,6 +58,7 @@ STORE = """(panel, growth) => {
 # By default Gradio drops a message that comes before it was told the end of the last answer, a moment after the box has
 # opened. This way it waits for that.
 SENT: Literal["always_last"] = "always_last"
+FOCUS = "() => document.querySelector('#compare-box textarea')?.focus({ preventScroll: true })"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -282,12 +283,12 @@ def layout(
             image = gr.DownloadButton("Picture (PNG)", visible=False, elem_id="grow-png")
         grown = gr.HTML(views.EMPTY_GROWTH, elem_id="growth")
     shown, kept = [box, out, fault], [out, grown]
-    asked = [
-        box.submit(panel.ask, [box, models, *options], shown, trigger_mode="always_last", **PRIVATE)
-    ]  # as in the chat
+    asked = [box.submit(panel.ask, [box, models, *options], shown, trigger_mode=SENT, **PRIVATE)]
     for button, (name, question) in zip(buttons, examples, strict=True):
         example = panel.example(question, [str(folder / name)])
         asked.append(button.click(example, [models, *options], shown, **PRIVATE))
+    for answer in asked:
+        answer.success(None, js=FOCUS, **PRIVATE)
     box.stop(panel.stop, queue=False, **PRIVATE)
     asked.append(clear.click(panel.clear, None, shown, queue=False, **PRIVATE))
     asked.append(

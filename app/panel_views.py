@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from app.boxes import without_marks
 from app.compare import Comparison, Side
 from app.grow import Growth
 from app.metrics import Figures
@@ -54,7 +55,7 @@ def _card(side: Side) -> str:
         "loading": f"Loading: {side.note} …" if side.note else "Loading …",
         "reading": "Reading …",
     }
-    words = escape(side.text) or f"<i>{escape(stages.get(side.stage, 'No answer.'))}</i>"
+    words = escape(without_marks(side.text, bold="")) or f"<i>{escape(stages.get(side.stage, 'No answer.'))}</i>"
     if side.stage == "failed":
         words = f'<span role="alert">{escape(side.note)}</span>'
     busy = "true" if side.stage in ("loading", "reading", "writing") else "false"
@@ -183,4 +184,6 @@ def _points(points: Sequence[Any]) -> str:
         f'<th scope="col">{h}</th>' for h in ("Context", "Model", "First token", "A token", "Memory", "Read")
     )
     head = f"<thead><tr>{heads}</tr></thead>"
-    return f'<div class="scroll"><table class="figures points">{head}<tbody>{rows}</tbody></table></div>'
+    # On a phone it scrolls, so the keyboard must reach it.
+    scroll = '<div class="scroll" role="region" tabindex="0" aria-label="Measured points">'
+    return f'{scroll}<table class="figures points">{head}<tbody>{rows}</tbody></table></div>'

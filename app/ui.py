@@ -26,11 +26,11 @@ EXAMPLES_DIR = Path(__file__).with_name("examples")
 # (file in EXAMPLES_DIR or none, question): what the small model can really do.
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("shapes.png", "How many circles are there?"),
-    ("shapes.png", "What colour is the square?"),
     ("scene.png", "Are there more triangles than stars?"),
     ("chart.png", "What is the value of East?"),
-    ("chart.png", "What is the title of the chart?"),
     ("sign.png", "What does the sign say?"),
+    ("umbrella.png", "What does this icon show?"),
+    ("flag.png", "Which flag is this?"),
     ("pyramid.jpg", "What is in the picture?"),
     ("sunflower.jpg", "What is this?"),
     ("", "What is the capital of France?"),

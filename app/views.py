@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,10 +13,11 @@ from app.boxes import without_marks
 from app.chat import Chat, Metrics
 from app.engine import LoadStatus, Reply
 from app.panel_views import waiting
-from app.shown import as_seen, as_typed
+from app.shown import JOINER, as_seen, as_typed
 
 Message = dict[str, Any]
 
+_NUMBER_ALONE = re.compile(r"\A(\s*\d{1,9})([.)]\s*)\Z")
 MEMORY_NOTES = {
     "linear": "stays this size at any length",
     "hybrid": "grows a little with every token",
@@ -40,9 +42,15 @@ def messages(chat: Chat, upto: int | None = None) -> list[Message]:
 
 def answer(text: str, drawn: str | None = None) -> Message:
     """What the model said; `drawn` is the picture with the places on it that the answer names."""
-    words = as_typed(without_marks(text)) or "*(no answer)*"
+    words = as_markdown(text) or "*(no answer)*"
     picture = [] if drawn is None else [{"path": drawn, "alt_text": "The picture with boxes around what is named"}]
     return {"role": "assistant", "content": [words, *picture] if picture else words}
+
+
+def as_markdown(text: str) -> str:
+    """An answer for the Chatbot. A number alone, as in "88.", would be an empty item of a list, with nothing in it to
+    select or to read out; the mark that joins number and point is not seen."""
+    return _NUMBER_ALONE.sub(f"\\1{JOINER}\\2", as_typed(without_marks(text)))
 
 
 def branch_names(chat: Chat) -> list[tuple[str, int]]:
@@ -63,7 +71,7 @@ def branch_of(chat: Chat) -> int | None:
 def reply_text(reply: Reply) -> str:
     """Markdown of an answer being written, or of what is being waited for."""
     if reply.text:
-        return as_typed(without_marks(reply.text))
+        return as_markdown(reply.text)
     if reply.stage == "waiting":
         return f"*{waiting(reply.ahead, reply.wait_s)}*"
     if reply.stage == "loading":

@@ -1,4 +1,4 @@
-"""Draw the two example pictures of shapes: `python docs/draw_examples.py` writes them to app/examples."""
+"""Draw the examples of shapes, of an icon and of a flag: `python docs/draw_examples.py` writes them to app/examples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EXAMPLES_DIR = Path(__file__).parents[1] / "app" / "examples"
 
 
 RED, GREEN, BLUE, PURPLE = "#d71e23", "#23963c", "#2355d7", "#7d2da5"
+VIOLET, BROWN = "#7b3fb5", "#5b3a1e"
 
 
 class Canvas:
@@ -33,6 +34,19 @@ class Canvas:
             angle = 2 * math.pi * (turn + i / len(radii))
             points.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
         self._draw.polygon([(u * SIDE_PX * SCALE, v * SIDE_PX * SCALE) for u, v in points], fill=colour)
+
+    def rectangle(self, left: float, top: float, right: float, bottom: float, colour: str) -> None:
+        self._draw.rectangle([v * SIDE_PX * SCALE for v in (left, top, right, bottom)], fill=colour)
+
+    def half_disc(self, x: float, y: float, radius: float, colour: str) -> None:
+        """The upper half."""
+        box = [v * SIDE_PX * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
+        self._draw.pieslice(box, 180, 360, fill=colour)
+
+    def hook(self, x: float, y: float, radius: float, colour: str, width: float) -> None:
+        """The lower half of a circle's line."""
+        box = [v * SIDE_PX * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
+        self._draw.arc(box, 0, 180, fill=colour, width=round(width * SIDE_PX * SCALE))
 
     def save(self, name: str) -> None:
         small = self.image.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
@@ -60,9 +74,26 @@ def scene() -> Canvas:
     return canvas
 
 
+def umbrella() -> Canvas:
+    """An umbrella as icons show it: half a disc, a stick, a bent handle."""
+    canvas = Canvas("white")
+    canvas.half_disc(0.5, 0.52, 0.36, VIOLET)
+    canvas.rectangle(0.485, 0.5, 0.515, 0.82, BROWN)
+    canvas.hook(0.45, 0.81, 0.065, BROWN, 0.029)
+    return canvas
+
+
+def flag() -> Canvas:
+    """The flag of Japan on pale grey."""
+    canvas = Canvas("#e9edf2")
+    canvas.rectangle(0.08, 0.20, 0.92, 0.78, "white")
+    canvas.circle(0.50, 0.49, 0.17, "#bc002d")
+    return canvas
+
+
 def main() -> None:
-    shapes().save("shapes.png")
-    scene().save("scene.png")
+    for draw in (shapes, scene, umbrella, flag):
+        draw().save(f"{draw.__name__}.png")
 
 
 if __name__ == "__main__":

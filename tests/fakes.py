@@ -103,7 +103,8 @@ class FakeBackend:
     """Answers with the words and the number of pictures of this turn, and the number of the turn.
 
     A question may hold `[boom]` (fails after two words), `[long]` (200 words), `[slow-read]` (takes `pace.read_s`
-    seconds to read, or until it is stopped), `[hold]` (is not read before `pace.go` is set, whatever is stopped).
+    seconds to read, or until it is stopped), `[hold]` (is not read before `pace.go` is set, whatever is stopped),
+    `[say]` (what follows it is the answer, as it stands).
     """
 
     def __init__(self, pace: Pace | None = None, name: str = "fake", precision: str = "float32") -> None:
@@ -130,7 +131,7 @@ class FakeBackend:
         self, text: str, image_tiles: Sequence[int], *, first: bool, images_before: int, system: str | None = None
     ) -> Any:
         opener = ["<begin>"] if first else ["<close>"]
-        return [*opener, f"<{images_before} images before>", *([f"<{system}>"] if system else []), *text.split()]
+        return [*opener, f"<{images_before} images before>", *([f"<{system}>"] if system else []), *_words(text)]
 
     def encode_reply(self, reply: str) -> Any:
         return reply.split()
@@ -152,6 +153,8 @@ class FakeBackend:
         turn = state.seen.count("<begin>") + state.seen.count("<close>")
         words = f"turn {turn} images {len(tiles)}: {text}".split()
         word_s = self.pace.word_s
+        if "[say]" in text:
+            words = [text.partition("[say]")[2].strip()]
         if "[long]" in text:
             words = [f"word{i}" for i in range(200)]
             word_s = word_s if self.pace.long_s is None else self.pace.long_s
@@ -180,6 +183,10 @@ class FakeBackend:
             finally:
                 state.seen += (word,)  # a word is fed back after it was shown
         yield FakeEvent(" ".join(said), len(said), 12.0 if said else None, rate if said else None, reason)
+
+
+def _words(text: str) -> list[str]:
+    return [text] if "[say]" in text else text.split()
 
 
 class FakeSweep:

@@ -1,4 +1,4 @@
-"""The page under axe-core: no finding that is serious or worse, in both themes, empty and with answers."""
+"""The page under axe-core: no finding that is serious or worse, in both themes and widths, empty and with answers."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def findings(page: Page) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_serious_is_found(browser: Browser, url: str, theme: str) -> None:
+def test_nothing_serious_is_found(browser: Browser, url: str, theme: str, width: int) -> None:
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(60_000)  # bounds a hang, also on a busy machine
     page.goto(f"{url}?__theme={theme}")
     page.wait_for_selector("#box textarea")
@@ -51,6 +52,10 @@ def test_nothing_serious_is_found(browser: Browser, url: str, theme: str) -> Non
     found = {"empty": findings(page)}
     page.click("#example-shapes")
     page.wait_for_selector("#chat [data-testid=bot]:has-text('turn 1 images 1')")
+    page.wait_for_selector("#box button.submit-button")
+    page.fill("#box textarea", "[say] 88.")
+    page.press("#box textarea", "Enter")
+    page.locator("#chat [data-testid=bot]").nth(1).wait_for()
     page.wait_for_selector("#box button.submit-button")
     for part in ("settings", "camera", "keep", "switch"):
         page.click(f"#{part} > button")

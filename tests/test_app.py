@@ -19,7 +19,7 @@ from gradio_client.exceptions import AppError, AuthenticationError
 from app import precision, views
 from app.backend import ModelInfo
 from app.chat import Chat, Metrics, Resumed
-from app.engine import Engine, Limits, LoadStatus, Reply
+from app.engine import Engine, EngineError, Limits, LoadStatus, Reply, Settings
 from app.handlers import turn_index
 from app.likes import Likes
 from app.options import Options
@@ -210,6 +210,20 @@ def test_saved_settings_come_back_where_they_fit() -> None:
     assert options.values([1] * 9 + ["  "])["system"] is None
 
 
+@pytest.mark.parametrize(("typed", "seed"), [("", None), (" ", None), (None, None), ("7", 7), (" 12 ", 12), ("-1", -1)])
+def test_a_seed_is_typed_as_text(typed: str | None, seed: int | None) -> None:
+    options = Options(LIMITS)
+    assert options.values([1] * 8 + [typed, ""])["seed"] == seed
+    if seed is not None and seed >= 0:
+        assert options.restore({"seed": seed})[options.NAMES.index("seed")] == str(seed)
+
+
+def test_a_seed_that_is_no_number_is_named() -> None:
+    values = Options(LIMITS).values([0.5, 1, 1, 0, False, 0, 0, 1, "1.5x", ""])
+    with pytest.raises(EngineError, match=r"seed is '1\.5x'; use a whole number"):
+        Settings.from_dict(values)
+
+
 def test_a_message_of_the_chatbot_belongs_to_a_turn() -> None:
     assert [turn_index(i) for i in (0, 1, 2, 3, (4, 1), [2, 0])] == [0, 0, 1, 1, 2, 1]
 
@@ -234,6 +248,15 @@ def test_what_is_shown_is_escaped() -> None:
 )
 def test_stages_of_an_answer_are_shown(reply: Reply, shows: str) -> None:
     assert shows in views.reply_text(reply)
+
+
+@pytest.mark.parametrize("text", ["88.", "3)", " 7. "])
+def test_a_number_alone_is_no_empty_list(text: str) -> None:
+    """Markdown would make an item of it, with nothing inside."""
+    for shown in (views.reply_text(Reply(text, "writing")), views.answer(text)["content"]):
+        assert "\u2060" in shown
+        assert shown.replace("\u2060", "") == text
+    assert views.answer("1. one\n2. two")["content"] == "1. one\n2. two"
 
 
 def test_messages_hold_pictures_then_words() -> None:

@@ -31,6 +31,10 @@ def test_what_is_no_box_is_left_out(box: str) -> None:
     assert find_places(f"<ref>x</ref><box>{box}</box>") == []
 
 
+def test_people_read_names_not_marks_where_nothing_is_bold() -> None:
+    assert without_marks("<ref> a cat </ref><box>[[1, 2, 3, 4]]</box> and **more**", bold="") == "a cat and **more**"
+
+
 def test_people_read_names_not_marks() -> None:
     assert without_marks(ANSWER) == "There is **a cat** and **two dogs**."
     assert without_marks("plain *words* and a < b") == "plain *words* and a < b"

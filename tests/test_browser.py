@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 
 from app.engine import Engine
 from app.handlers import Handlers
 from app.models import MemoryNeed
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
+from tests.conftest import CHROMIUMS
 from tests.fakes import FakeBackend, FakeLoader, Pace
 
 if TYPE_CHECKING:
@@ -26,8 +30,15 @@ PYRAMID = EXAMPLES_DIR / "pyramid.jpg"
 BOX = "#box textarea"
 SEND = "#box button.submit-button"
 STOP = "#box button.stop-button"
-WORD_S = 0.02
+WORD_S, LONG_WORD_S = 0.02, 0.1
 HANGS_MS = 60_000
+# Sets `window.seen` to the moment at which a condition, a function as text, first holds.
+WATCH = """(condition) => {
+    const holds = eval(condition);
+    window.seen = undefined;
+    const look = () => { if (holds()) window.seen = performance.now(); else requestAnimationFrame(look); };
+    look();
+}"""
 KEPT = "JSON.stringify(localStorage)"
 
 
@@ -39,7 +50,7 @@ def likes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(likes: Path) -> Iterator[str]:
     # What is to be stopped takes so long that also a busy machine is there in time.
-    engine = Engine("fake", loader=FakeLoader(load_s=0.5, pace=Pace(WORD_S, long_s=0.1, read_s=30)))
+    engine = Engine("fake", loader=FakeLoader(load_s=0.5, pace=Pace(WORD_S, long_s=LONG_WORD_S, read_s=30)))
     blocks = build(engine, PageOptions(teacher="fake-teacher", likes=likes))
     blocks.launch(prevent_thread_lock=True, quiet=True, **launch_options(engine))
     yield blocks.local_url
@@ -144,6 +155,29 @@ def test_answer_streams(page: Page) -> None:
         assert not any("word199" in text for text in shown), f"only {len(seen)} steps of the answer were seen"
     page.click(STOP)
     unlocked(page)
+
+
+def test_first_word_and_stop_are_quick(page: Page) -> None:
+    """0.3 s from the first word to seeing it, the way from the Enter key to the model counted in, and 0.5 s from a
+    click on stop to an open box; the best of some tries, as this machine may be busy."""
+    page.wait_for_selector("#model .chip-ready")
+    first_ms, stop_ms = [], []
+    for count in range(1, 6):
+        page.fill(BOX, "[long]")
+        answer = f"document.querySelectorAll('#chat [data-testid=bot]')[{count - 1}]"
+        page.evaluate(WATCH, f"() => {answer}?.innerText.includes('word')")
+        page.evaluate("window.started = performance.now()")
+        page.press(BOX, "Enter")
+        page.wait_for_function("window.seen !== undefined")
+        first_ms.append(page.evaluate("window.seen - window.started"))
+        page.wait_for_selector(STOP)
+        page.evaluate(WATCH, f"() => document.querySelector({SEND!r})")
+        page.evaluate(f"window.started = performance.now(), document.querySelector({STOP!r}).click()")
+        page.wait_for_function("window.seen !== undefined")
+        stop_ms.append(page.evaluate("window.seen - window.started"))
+        unlocked(page)
+    assert min(first_ms) < 300 + 1000 * LONG_WORD_S, first_ms
+    assert min(stop_ms) < 500, stop_ms
 
 
 def test_stop_ends_an_answer_and_the_chat_goes_on(page: Page) -> None:
@@ -288,6 +322,99 @@ def test_paste_of_a_picture(page: Page) -> None:
     page.wait_for_selector("#box img")
     ask(page, "what is this")
     bot(page, "turn 1 images 1: what is this")
+
+
+@pytest.mark.parametrize("where", [BOX, "#chat", "#examples"])
+def test_a_picture_can_be_let_go_anywhere(page: Page, where: str) -> None:
+    page.evaluate(
+        """async (where) => {
+            const blob = await new Promise((done) => {
+                const canvas = document.createElement("canvas");
+                canvas.width = canvas.height = 32;
+                canvas.toBlob(done, "image/png");
+            });
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([blob], "dropped.png", { type: "image/png" }));
+            const events = ["dragenter", "dragover", "drop"].map(
+                (kind) => new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true })
+            );
+            for (const event of events) document.querySelector(where).dispatchEvent(event);
+            if (!events[2].defaultPrevented) throw new Error("the browser would show the picture in place of the page");
+        }""",
+        where,
+    )
+    page.wait_for_selector("#box img")
+    ask(page, "what is this")
+    bot(page, "turn 1 images 1: what is this")
+
+
+def test_camera(browser: Browser, url: str) -> None:
+    """With the moving picture that Chromium has in place of a camera."""
+    with browser.browser_type.launch(
+        executable_path=next((found for name in CHROMIUMS if (found := shutil.which(name))), None),
+        args=["--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+    ) as with_camera:
+        page = with_camera.new_page()
+        page.set_default_timeout(HANGS_MS)
+        page.goto(url)
+        page.wait_for_selector(BOX)
+        page.fill(BOX, "what is this")
+        page.click("#camera > button")
+        page.click("#camera button:has-text('Webcam')")
+        page.click("#camera button[aria-label='capture photo']")
+        page.wait_for_selector("#camera img")
+        page.click("#camera-use")
+        page.wait_for_selector("#box img")
+        assert page.input_value(BOX) == "what is this"
+        page.press(BOX, "Enter")
+        bot(page, "turn 1 images 1: what is this")
+
+
+MARKDOWN = """[say]It is **bold**, \\(x^2\\) and costs $5 or $6.
+
+```python
+print("hello")
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+$$\\frac{a}{b}$$"""
+
+
+def test_markdown_code_and_formulas(page: Page) -> None:
+    page.fill(BOX, MARKDOWN)
+    page.press(BOX, "Enter")
+    unlocked(page)
+    answer = page.locator("#chat [data-testid=bot]").last
+    answer.locator("table").wait_for()
+    assert answer.locator("strong").inner_text() == "bold"
+    assert answer.locator(".katex").count() == 2
+    assert "costs $5 or $6" in answer.inner_text()
+    assert 'print("hello")' in answer.locator("pre").inner_text()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    answer.locator("pre").hover()
+    answer.locator("button").first.click()
+    page.wait_for_function("window.copied !== undefined")
+    assert page.evaluate("window.copied").strip() == 'print("hello")'
+
+
+def test_opening_the_settings_changes_none(page: Page) -> None:
+    """Gradio makes a zero of an empty number that was folded away."""
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.post_data or "") if "queue/join" in request.url else None)
+    ask(page, "hello")
+    bot(page, "turn 1")
+    unlocked(page)
+    page.click("#settings > button")
+    page.click("#more > button")
+    page.wait_for_selector("#seed textarea, #seed input")
+    page.wait_for_timeout(500)
+    ask(page, "again")
+    bot(page, "turn 2")
+    before, after = (next(json.loads(data)["data"] for data in sent if text in data) for text in ("hello", "again"))
+    assert after[1:] == before[1:]
 
 
 def test_two_tabs_do_not_mix(browser: Browser, page: Page, url: str) -> None:
@@ -472,6 +599,7 @@ def test_comparison_shows_both_answers_and_their_figures(page: Page) -> None:
     page.press("#compare-box textarea", "Enter")
     page.wait_for_selector("#panel .side-teacher .words:has-text('turn 1 images 0: what is this')")
     page.wait_for_selector("#panel:has-text('The answers are equal.')")
+    page.wait_for_function("document.activeElement === document.querySelector('#compare-box textarea')")
     text = page.inner_text("#panel")
     for part in ("Student, linear", "Teacher, a transformer", "5.0 MiB", "none", "Key-value cache", "in turn"):
         assert part in text
@@ -490,6 +618,11 @@ def test_context_grows_stops_and_downloads(page: Page) -> None:
     with page.expect_download() as download:
         page.click("#grow-csv")
     assert Path(download.value.path()).read_text().startswith("model,kind,context")
+    with page.expect_download() as download:
+        page.click("#grow-png")
+    with Image.open(download.value.path()) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(page: Page) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from app.engine import Engine, Limits
-from app.grow import CONTEXTS
+from app.endpoints import SETTINGS, Endpoints
+from app.engine import Engine, Limits, Reply, Settings
+from app.grow import CONTEXTS, Growth
+from app.sides import sides_of
 from app.ui import EXAMPLES_DIR, PageOptions, build, launch_options
 from mmmamba.sweep import Point, to_csv
 from tests.fakes import STATE_BYTES, FakeLoader
@@ -194,6 +197,53 @@ def test_benchmark_streams_points_over_predictions(client: Client) -> None:
 def test_limits_hold_for_benchmarks(client: Client, longest: int, minutes: float, says: str) -> None:
     with pytest.raises(AppError, match=says):
         call(client, "/benchmark", longest, minutes)
+
+
+def test_scripts_hear_news_not_the_same_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine repeats itself every 80 ms, for pages that may have been closed."""
+
+    def twenty_times(*states: Any) -> Callable[..., Iterator[Any]]:
+        return lambda *args: (state for state in states for _ in range(20))
+
+    monkeypatch.setattr("app.grow.Grow.run", twenty_times(Growth(doing="reading"), Growth(doing="done", done=True)))
+    replies = Reply(stage="reading"), Reply("Two", "writing"), Reply("Two.", "done", finish_reason="stop")
+    monkeypatch.setattr(engine, "reply", twenty_times(*replies))
+    endpoints = Endpoints(engine, sides_of("fake", "fake-teacher"))
+    asked = {"text": "How many?", "files": []}
+    options = [getattr(Settings(), name) for name in SETTINGS]
+    assert [update["doing"] for update in endpoints.benchmark(1024, 1)] == ["reading", "done"]
+    assert [update["text"] for update in endpoints.chat(asked, "", *options)] == ["", "Two", "Two."]
+    monkeypatch.setattr("app.endpoints.REPEAT_S", 0.0)
+    assert len(list(endpoints.benchmark(1024, 1))) == 40, "one that has left while nothing happens must be noticed"
+
+
+@pytest.mark.parametrize("value", ["far", None])
+def test_a_benchmark_wants_numbers(client: Client, value: Any) -> None:
+    with pytest.raises(AppError, match="use numbers"):
+        call(client, "/benchmark", value, 1)
+
+
+# Messages
+
+
+@pytest.mark.parametrize("endpoint", ["/chat", "/compare"])
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (5, 'message is 5; use {"text"'),
+        ({"text": ["a"], "files": []}, "message is "),
+        ({"text": "a", "files": "x.png"}, "handle_file"),
+        ({"text": "a", "files": ["x.png"]}, "handle_file"),
+    ],
+)
+def test_what_is_no_message_is_told(client: Client, endpoint: str, sent: Any, says: str) -> None:
+    with pytest.raises(AppError, match=re.escape(says)):
+        call(client, endpoint, sent)
+
+
+def test_a_text_alone_is_a_message(client: Client) -> None:
+    assert call(client, "/chat", "hello")[-1]["text"] == "turn 1 images 0: hello"
+    assert call(client, "/chat", {"text": "hello"})[-1]["text"] == "turn 1 images 0: hello"
 
 
 # /info

@@ -44,3 +44,6 @@ def test_agreement_in_words() -> None:
 
 def test_smoothing_drops_single_spikes() -> None:
     assert smooth([5, 5, 90, 5, 5]) == [5, 5, 5, 5, 5]
+    assert smooth([60, 20, 20, 21, 20, 20, 20])[0] == 20, "the first token after a pause"
+    assert smooth([5, 5, 5, 5, 5, 9, 9, 9, 9, 9]) == [5, 5, 5, 5, 5, 9, 9, 9, 9, 9], "what lasts is no spike"
+    assert smooth([]) == []

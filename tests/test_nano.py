@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.ui import EXAMPLES, EXAMPLES_DIR
 from distill.data.batches import Rows
 from distill.data.shapes import QUESTIONS
 from distill.evaluate import accuracy
@@ -47,6 +48,25 @@ def test_chats_about_a_picture_and_without_one(nano: MMMamba) -> None:
     assert answer(nano, "How many circles are there?", SHAPES) == "Three."
     assert answer(nano, "What is in the picture?", SHAPES) == "Three red circles and a blue square."
     assert "Paris" in answer(nano, "What is the capital of France?")
+
+
+def test_examples_of_the_page_are_answered_rightly() -> None:
+    """Counting, comparing, a chart, reading, an icon, a flag, photos, and chatting."""
+    nano = load_model("nano-linear")
+    right = {
+        "How many circles are there?": "Three.",
+        "Are there more triangles than stars?": "Yes.",
+        "What is the value of East?": "88.",
+        "What does the sign say?": "GEARBOX",
+        "What does this icon show?": "An umbrella.",
+        "Which flag is this?": "Japan.",
+        "What is in the picture?": "A pyramid.",
+        "What is this?": "A sunflower.",
+        "What is the capital of France?": "Paris",
+    }
+    assert [question for _, question in EXAMPLES] == list(right)
+    for name, question in EXAMPLES:
+        assert right[question] in answer(nano, question, *([EXAMPLES_DIR / name] if name else [])), question
 
 
 @torch.no_grad()
