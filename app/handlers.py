@@ -39,7 +39,8 @@ LEFT_S, MOST_LEFT = 3600, 32  # how long, and how many conversations stay whose 
 MOST_OPENED = 4096
 OPENING_S = 3.0  # how long the event that tells of a new tab may take after its first message
 
-KEEP_NOTHING = "nothing"  # gr.BrowserState leaves what it has at an empty value
+# What earlier.js is told in place of a conversation: to keep none, and which one the tab goes on with.
+KEEP_NOTHING, SAME, FROM_LIST, FROM_FILE = "nothing", "", "list", "file"
 
 # Updates of (box, chat, meter, notice, branch), in this order.
 Update = tuple[Any, Any, Any, Any, Any]
@@ -270,16 +271,16 @@ class Handlers:
         while len(self._opened) > MOST_OPENED:
             del self._opened[next(iter(self._opened))]
         if chat.busy or chat.turns:
-            return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return self.status(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), SAME
         note = ""
-        if kept and kept != KEEP_NOTHING:
+        if kept:
             try:
                 saving.fill(chat, json.loads(kept), self.engine.limits)
                 note = RESTORED if chat.turns else ""
             except (EngineError, ValueError):
                 log.warning("what a browser kept could not be read; it starts anew")
         _, history, meter, notice, branch = self.everything(chat, None, note)
-        return self.status(), history, meter, notice, branch
+        return self.status(), history, meter, notice, branch, FROM_LIST if note else SAME
 
     def _await_opened(self, key: Key) -> None:
         """A message can be quicker than the event that tells of its tab, which looks like a tab of another server."""

@@ -26,7 +26,7 @@ FORMAT, VERSION = "mmmamba-chat", 1
 CHAT_FILE, STATE_FILE = "chat.json", "state.safetensors"
 MOST_TURNS, MOST_IMAGES = 500, 200
 MOST_JSON_BYTES, MOST_STATE_BYTES = 128 << 20, 4 << 30
-BROWSER_BYTES = 3 << 20  # browsers keep 5 MB a page
+BROWSER_BYTES = 3 << 20  # of one conversation; earlier.js has the limits of all
 BROWSER_SIDE_PX = 448
 NOT_OURS = "This is no conversation of this page; open a file that it has saved."
 
@@ -218,6 +218,16 @@ def read_file(path: Path, folder: Path) -> tuple[Any, Path | None]:
     except (OSError, ValueError, zipfile.BadZipFile, KeyError, RuntimeError) as error:
         if isinstance(error, EngineError):
             raise
+        raise EngineError(NOT_OURS) from error
+
+
+def read_json(text: str) -> Any:
+    """A conversation as a browser sends it back. Raises: EngineError if it is none of ours."""
+    if not text:
+        raise EngineError("This browser no longer has that conversation: it was deleted, perhaps in another tab.")
+    try:
+        return json.loads(text)
+    except ValueError as error:
         raise EngineError(NOT_OURS) from error
 
 

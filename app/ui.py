@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import gradio as gr
 from app import endpoints, panel, views
 from app.chat import Metrics
 from app.engine import Engine
-from app.handlers import KEEP_NOTHING, Handlers, box_open
+from app.handlers import Handlers, box_open
 from app.keeping import Keeping
 from app.likes import Likes
 from app.openai_api import OpenAIAPI
@@ -44,6 +44,16 @@ HELLO = (
     '<div class="hello"><b>Upload or paste a picture and ask about it,</b><br>or begin with one of the examples.</div>'
 )
 ON_LOAD = Path(__file__).with_name("page.js").read_text("utf-8")
+EARLIER = Path(__file__).with_name("earlier.js").read_text("utf-8")
+EARLIER_HTML = """<section id="earlier" aria-labelledby="earlier-title" hidden>
+<div><h2 id="earlier-title">Earlier conversations</h2><button type="button" id="earlier-clear">Delete all</button></div>
+<ul></ul>
+<p>In this browser only. The oldest go beyond 50, or 50 MB.</p>
+</section><p id="earlier-said" role="status"></p>"""
+KEPT_JS = "(record) => window.mmmamba.chats.keep(record)"
+OPENED_JS = "(how) => window.mmmamba.chats.opened(how)"
+WANTED_JS = "() => window.mmmamba.chats.wanted()"
+LEFT_JS = "() => window.mmmamba.chats.leave()"
 ANSWERED = """() => {
     document.querySelector("#box textarea")?.focus({ preventScroll: true });
     window.mmmamba.settled();
@@ -55,7 +65,6 @@ LATEX: list[dict[str, str | bool]] = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 MAX_FILE_SIZE = "64mb"  # saved conversations; images are held to 20 MB by mmmamba.image
-STORED = "mmmamba-conversation"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -106,9 +115,9 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
     """The tab of the chat; returns the components of the options."""
     limits, keeping = handlers.engine.limits, Keeping(handlers)
     with gr.Column(scale=5, min_width=320, elem_id="talk"):
-        # Not inside an accordion: what is folded away is not there for the browser, and would keep nothing. The secret
-        # is none: it is the visitor's own conversation on their own machine.
-        store = gr.BrowserState(None, storage_key=STORED, secret=STORED)
+        # How a conversation travels between the server and earlier.js. Not inside an accordion: what is folded away is
+        # not there for the browser, and would keep nothing.
+        record = gr.Textbox(visible="hidden", elem_id="record")
         branch = gr.Dropdown([], label="Branch", elem_id="branch", visible=False, interactive=True)
         chat = gr.Chatbot(
             elem_id="chat",
@@ -136,6 +145,8 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         )
     with gr.Column(scale=2, min_width=280, elem_id="side"):
         clear = gr.Button("New chat", elem_id="clear")
+        gr.HTML(EARLIER_HTML, elem_id="earlier-list")
+        reopen = gr.Button(visible="hidden", elem_id="earlier-go")
         with gr.Row(elem_id="examples"):
             examples = [
                 gr.Button(
@@ -152,7 +163,7 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
             camera = gr.Image(type="filepath", sources=["webcam"], label="Camera", height=220)
             use = gr.Button("Put it into the message", elem_id="camera-use")
         with gr.Accordion("Save and open", open=False, elem_id="keep"):
-            keep = _keeping(keeping, [box, chat, meter, notice, branch], inputs, store)
+            keep = _keeping(keeping, [box, chat, meter, notice, branch], inputs, record)
         if page.switch:
             with gr.Accordion("Model", open=False, elem_id="switch"):
                 _switching(handlers, status, notice)
@@ -168,24 +179,32 @@ def _chat(demo: gr.Blocks, handlers: Handlers, page: PageOptions, status: gr.HTM
         answers.append(button.click(handlers.example(question, files), inputs, shown, **PRIVATE))
     for answer in answers:
         answer.success(None, js=ANSWERED, **PRIVATE)
-        answer.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+        _remember(answer.success, keeping, [keep, *inputs], record)
     box.stop(handlers.stop, queue=False, **PRIVATE)
     for event in (clear.click, chat.clear):
-        event(handlers.clear, None, shown, queue=False, **PRIVATE).success(
-            lambda: KEEP_NOTHING, None, store, queue=False, **PRIVATE
-        )
+        event(handlers.clear, None, shown, queue=False, **PRIVATE).success(None, js=LEFT_JS, **PRIVATE)
+    reopen.click(keeping.reopen, record, [*shown, *inputs, record], js=WANTED_JS, **PRIVATE).success(
+        None, record, js=OPENED_JS, **PRIVATE
+    ).success(None, js=ANSWERED, **PRIVATE)
     back = [
         chat.undo(handlers.undo, None, shown, queue=False, **PRIVATE),
         branch.input(handlers.pick, branch, shown, queue=False, **PRIVATE),
     ]
     for event in back:
-        event.success(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+        _remember(event.success, keeping, [keep, *inputs], record)
     if page.likes is not None:
         chat.like(handlers.like, None, notice, queue=False, **PRIVATE)
     use.click(_add_picture, [camera, box], box, queue=False, **PRIVATE)
-    demo.load(handlers.opened, store, [status, chat, meter, notice, branch], queue=False, **PRIVATE)
     demo.load(None, js=ON_LOAD, **PRIVATE)
+    demo.load(
+        handlers.opened, record, [status, chat, meter, notice, branch, record], js=EARLIER, queue=False, **PRIVATE
+    ).success(None, record, js=OPENED_JS, **PRIVATE)
     return inputs
+
+
+def _remember(event: Callable[..., Any], keeping: Keeping, inputs: list[Any], record: gr.Textbox) -> None:
+    """After `event`, have the browser keep the conversation as it is now."""
+    event(keeping.remember, inputs, record, queue=False, **PRIVATE).success(None, record, js=KEPT_JS, **PRIVATE)
 
 
 def _example_ids() -> list[str]:
@@ -194,7 +213,7 @@ def _example_ids() -> list[str]:
     return [stem if not (n := stems[:i].count(stem)) else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
 
 
-def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], store: gr.BrowserState) -> gr.Checkbox:
+def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], record: gr.Textbox) -> gr.Checkbox:
     """Files of the conversation, and what the browser keeps of it."""
     notice = shown[3]
     how = gr.Radio(
@@ -207,12 +226,11 @@ def _keeping(keeping: Keeping, shown: list[Any], inputs: list[Any], store: gr.Br
     save = gr.Button("Save the conversation", elem_id="save")
     download = gr.DownloadButton("Download", elem_id="download")
     opened = gr.UploadButton("Open a saved conversation", file_types=[".json", ".mmmamba"], elem_id="open")
-    keep = gr.Checkbox(
-        True, label="Keep it in this browser", info="For a reload; New chat forgets it", elem_id="remember"
-    )
+    keep = gr.Checkbox(True, label="Keep it in this browser", info="For a reload, and for later", elem_id="remember")
     save.click(keeping.save, [how, *inputs], [download, notice], **PRIVATE).success(None, js=DOWNLOAD, **PRIVATE)
-    opened.upload(keeping.open, opened, [*shown, *inputs], **PRIVATE)
-    keep.input(keeping.remember, [keep, *inputs], store, queue=False, **PRIVATE)
+    load = opened.upload(keeping.open, opened, [*shown, *inputs, record], **PRIVATE)
+    _remember(load.success(None, record, js=OPENED_JS, **PRIVATE).success, keeping, [keep, *inputs], record)
+    _remember(keep.input, keeping, [keep, *inputs], record)
     return keep
 
 

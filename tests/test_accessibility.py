@@ -50,8 +50,13 @@ def test_nothing_serious_is_found(browser: Browser, url: str, theme: str, width:
     page.wait_for_selector("#box textarea")
     page.add_script_tag(path=str(axe))
     found = {"empty": findings(page)}
-    page.click("#example-shapes")
-    page.wait_for_selector("#chat [data-testid=bot]:has-text('turn 1 images 1')")
+    for _ in range(2):  # the first one becomes an earlier conversation
+        page.click("#clear")
+        page.wait_for_selector("#chat .hello")
+        page.click("#example-shapes")
+        page.wait_for_selector("#chat [data-testid=bot]:has-text('turn 1 images 1')")
+        page.wait_for_selector("#box button.submit-button")
+    page.wait_for_selector("#earlier .earlier-open")
     page.wait_for_selector("#box button.submit-button")
     page.fill("#box textarea", "[say] 88.")
     page.press("#box textarea", "Enter")

@@ -39,7 +39,6 @@ WATCH = """(condition) => {
     const look = () => { if (holds()) window.seen = performance.now(); else requestAnimationFrame(look); };
     look();
 }"""
-KEPT = "JSON.stringify(localStorage)"
 
 
 @pytest.fixture(scope="module")
@@ -505,30 +504,159 @@ def test_undo_gives_the_message_back(page: Page) -> None:
     bot(page, "turn 2 images 0: other")
 
 
-def test_a_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> None:
-    upload(page, PYRAMID)
-    before = page.evaluate(KEPT)
-    ask(page, "what is this")
-    bot(page, "turn 1 images 1: what is this")
+def kept(page: Page, count: int) -> None:
+    """Wait until the browser keeps `count` conversations, the one on the page among them."""
+    page.wait_for_function(
+        """async (count) => {
+            const request = indexedDB.open("mmmamba-chats");
+            await new Promise((resolve) => (request.onsuccess = resolve));
+            const all = request.result.transaction("entries").objectStore("entries").count();
+            await new Promise((resolve) => (all.onsuccess = resolve));
+            request.result.close();
+            return all.result === count;
+        }""",
+        arg=count,
+    )
+
+
+def said(page: Page, text: str, turn: int = 1) -> None:
+    """Ask, and wait for the answer to end."""
+    ask(page, text)
+    bot(page, f"turn {turn} images")
     unlocked(page)
-    page.wait_for_function(f"kept => {KEPT} !== kept", arg=before)
-    page.wait_for_timeout(500)
+
+
+def titles(page: Page) -> list[str]:
+    return page.locator("#earlier:not([hidden]) .earlier-open span").all_inner_texts()
+
+
+def listed(page: Page, *expected: str) -> None:
+    page.wait_for_function(
+        """(expected) => {
+            const shown = [...document.querySelectorAll("#earlier:not([hidden]) .earlier-open span")];
+            return JSON.stringify(shown.map((title) => title.innerText)) === JSON.stringify(expected);
+        }""",
+        arg=list(expected),
+    )
+
+
+def new_chat(page: Page) -> None:
+    page.click("#clear")
+    page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length === 0")
+
+
+@pytest.fixture
+def own(browser: Browser, url: str) -> Iterator[Page]:
+    """As `page`, in a browser whose context allows further tabs."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    context.set_default_timeout(HANGS_MS)
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector(BOX)
+    yield page
+    context.close()
+
+
+def test_a_reload_keeps_the_conversation_and_new_chat_files_it(page: Page) -> None:
+    upload(page, PYRAMID)
+    said(page, "what is this")
+    kept(page, 1)
+    assert titles(page) == [], "the one on the page is no earlier one"
     page.reload()
     bot(page, "turn 1 images 1: what is this")
     assert page.locator("#chat [data-testid=user] img").count() == 1
-    ask(page, "and now")
-    bot(page, "turn 2 images 0: and now")
+    page.wait_for_selector("#notice:has-text('this browser kept')")
+    said(page, "and now", 2)
     assert "Read 1 turn again" in page.inner_text("#meter")
-    unlocked(page)
-    page.wait_for_timeout(500)
-    before = page.evaluate(KEPT)
-    page.click("#clear")
-    page.wait_for_function(f"kept => {KEPT} !== kept", arg=before)
-    page.wait_for_timeout(500)
+    kept(page, 1)
+    new_chat(page)
+    listed(page, "what is this")
     page.reload()
-    page.wait_for_selector(BOX)
-    page.wait_for_timeout(500)
+    listed(page, "what is this")
     assert bubbles(page, "bot") == []
+
+
+def test_an_earlier_conversation_goes_on(page: Page) -> None:
+    upload(page, PYRAMID)
+    said(page, "<b>first</b>")
+    kept(page, 1)
+    new_chat(page)
+    said(page, "second")
+    kept(page, 2)
+    listed(page, "<b>first</b>")
+    page.click(".earlier-open")
+    bot(page, "turn 1 images 1: ")
+    page.wait_for_selector("#notice:has-text('reads the conversation again, once')")
+    listed(page, "second")
+    said(page, "more", 2)
+    assert "Read 1 turn again" in page.inner_text("#meter")
+    new_chat(page)
+    listed(page, "<b>first</b>", "second")
+    kept(page, 2)
+
+
+def test_earlier_conversations_are_deleted_one_by_one_and_all_at_once(page: Page) -> None:
+    for text in ("one", "two", "three", "four"):
+        said(page, text)
+        new_chat(page)
+    listed(page, "four", "three", "two", "one")
+    page.click("[aria-label='Delete: three']")
+    listed(page, "four", "two", "one")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Delete: two"
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.click("#earlier-clear")
+    assert titles(page) == ["four", "two", "one"]
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#earlier-clear")
+    listed(page)
+    kept(page, 0)
+
+
+def test_the_oldest_conversations_make_room(page: Page) -> None:
+    page.evaluate("window.mmmamba.chats.limits.conversations = 2")
+    for text in ("one", "two"):
+        said(page, text)
+        new_chat(page)
+    said(page, "three")
+    listed(page, "two")
+    assert page.inner_text("#earlier-said") == "The oldest conversation made room."
+    page.evaluate("window.mmmamba.chats.limits.bytes = 10")
+    said(page, "three more", 2)
+    listed(page)
+    kept(page, 1)
+
+
+def test_two_tabs_keep_what_each_has_said(own: Page, url: str) -> None:
+    said(own, "in both")
+    kept(own, 1)
+    new_chat(own)
+    other = own.context.new_page()
+    other.goto(url)
+    for page in (own, other):
+        listed(page, "in both")
+        page.click(".earlier-open")
+        bot(page, "turn 1 images 0: in both")
+    said(own, "here", 2)
+    kept(own, 1)
+    said(other, "there", 2)
+    kept(own, 2)
+    listed(own, "in both")  # the way that the other tab went
+    other.reload()
+    bot(other, "turn 2 images 0: there")
+    own.reload()
+    bot(own, "turn 2 images 0: here")
+
+
+def test_what_is_not_to_be_kept_leaves_the_browser(page: Page) -> None:
+    said(page, "secret")
+    kept(page, 1)
+    page.click("#keep > button")
+    page.click("#remember input")
+    kept(page, 0)
+    said(page, "still", 2)
+    new_chat(page)
+    page.wait_for_timeout(300)
+    kept(page, 0)
 
 
 def test_save_and_open_with_settings(page: Page, tmp_path: Path) -> None:
