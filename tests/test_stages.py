@@ -502,6 +502,23 @@ def test_a_split_projection_is_one_matrix(train_vkq: bool) -> None:
         assert_near("vkq", projection.vkq.grad, whole.grad[:6], 1e-12)
 
 
+@pytest.mark.cuda
+def test_rows_filled_up_change_nothing() -> None:
+    """As nano's 1,545 rows are while they train. Otherwise they come out contiguous, as the fused kernels need them."""
+    torch.manual_seed(0)
+    vkq, gate_dt = torch.randn(20, 16, device="cuda"), torch.randn(13, 16, device="cuda")
+    projection = SplitProjection(vkq, gate_dt)
+    x = torch.randn(2, 5, 16, device="cuda", requires_grad=True)
+    found, wanted = projection(x), torch.nn.functional.linear(x, projection.weight)
+    assert_near("rows", found, wanted, 1e-5)
+    given = torch.randn_like(wanted)
+    leaves = x, projection.vkq, projection.gate_dt
+    for gradient, plain in zip(*(torch.autograd.grad(out, leaves, given) for out in (found, wanted)), strict=True):
+        assert_near("gradient", gradient, plain, 1e-5)
+    with torch.no_grad():
+        assert projection(x).is_contiguous()
+
+
 def test_paired_layers() -> None:
     teacher = golden_model("post", "hovle")
     student = student_of(teacher, "post", "hybrid")
