@@ -48,7 +48,7 @@ EARLIER = Path(__file__).with_name("earlier.js").read_text("utf-8")
 EARLIER_HTML = """<section id="earlier" aria-labelledby="earlier-title" hidden>
 <div><h2 id="earlier-title">Earlier conversations</h2><button type="button" id="earlier-clear">Delete all</button></div>
 <ul></ul>
-<p>In this browser only. The oldest go beyond 50, or 50 MB.</p>
+<p>Kept in this browser only: the newest 50, at most 50 MB.</p>
 </section><p id="earlier-said" role="status"></p>"""
 KEPT_JS = "(record) => window.mmmamba.chats.keep(record)"
 OPENED_JS = "(how) => window.mmmamba.chats.opened(how)"

@@ -387,3 +387,13 @@ def test_a_message_may_come_before_its_tab_was_told(page: Handlers) -> None:
     updates = list(page.ask({"text": "one", "files": []}, 1, request, *OPTIONS))  # type: ignore[arg-type]
     assert updates[-1][3] == ""
     timer.join()
+
+
+@pytest.mark.parametrize("sent", ["", "{", "[]", '{"format": "mmmamba-chat", "version": 9, "turns": []}'])
+def test_an_earlier_conversation_that_cannot_be_used_changes_nothing(page: Handlers, sent: str) -> None:
+    tab = Tab(page, "a")
+    tab.ask("one")
+    *_, notice, _ = (out := Keeping(page).reopen(sent, tab.request))[:5]  # type: ignore[arg-type]
+    assert 'role="alert"' in notice
+    assert out[-1] == "", "the browser is not told that the tab goes on with it"
+    assert [turn.text for turn in page.engine.chats.get(tab.key).turns] == ["one"]  # type: ignore[union-attr]
