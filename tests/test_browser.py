@@ -735,6 +735,24 @@ def test_comparison_shows_both_answers_and_their_figures(page: Page) -> None:
     assert page.locator("#panel svg").first.get_attribute("aria-label") is not None
 
 
+def test_answers_of_a_comparison_are_read_out_once_each(page: Page) -> None:
+    page.click("#compare-tab-button")
+    heard: list[str] = []
+    for turn in (1, 2):
+        page.fill("#compare-box textarea", "[say] the same")
+        page.press("#compare-box textarea", "Enter")
+        page.wait_for_function(
+            "count => document.querySelectorAll('#spoken p').length === count", arg=2 * turn, timeout=15_000
+        )
+        page.wait_for_selector("#compare-box button.submit-button")
+        heard = page.locator("#spoken p").all_text_contents()
+    assert sorted(heard) == sorted(2 * ["fake: the same", "fake-teacher: the same"])
+    page.press("#compare-box textarea", "Enter")  # nothing to send, so nothing is said again
+    page.wait_for_timeout(500)
+    assert page.locator("#spoken p").count() == 4
+    assert page.locator("#panel [aria-live]").count() == 0, "what is replaced says nothing"
+
+
 def test_context_grows_stops_and_downloads(page: Page) -> None:
     page.click("#compare-tab-button")
     page.click("#grow-longest input")
