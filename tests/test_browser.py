@@ -360,6 +360,9 @@ def test_camera(browser: Browser, url: str) -> None:
         page.fill(BOX, "what is this")
         page.click("#camera > button")
         page.click("#camera button:has-text('Webcam')")
+        page.wait_for_function(
+            "document.querySelector('#camera video')?.readyState >= 2"
+        )  # else there is no picture yet
         page.click("#camera button[aria-label='capture photo']")
         page.wait_for_selector("#camera img")
         page.click("#camera-use")
