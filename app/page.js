@@ -59,10 +59,41 @@
         store("mmmamba-lost", true);
         for (const place of Object.values(BOXES)) say(place, LOST);
     };
+    // The comparison is drawn anew with each update, and a region that is replaced is not read out. So answers are said
+    // here, whole, in a region that stays.
+    const spoken = document.createElement("div");
+    spoken.id = "spoken";
+    spoken.setAttribute("role", "log");
+    spoken.setAttribute("aria-label", "Answers of the models");
+    spoken.style.cssText = "position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)";
+    document.body.append(spoken);
+    // Updates that come fast are drawn as one, so that nobody was seen writing: the rest is said when all have ended.
+    const writing = new Set();
+    const heard = new Set();
+    let drawn = null; // what was there when they ended the last time: a question that was refused draws nothing anew
+    const speak = (ended = false) => {
+        if (ended && drawn === document.querySelector("#panel")?.innerHTML) return;
+        for (const side of document.querySelectorAll("#panel .side")) {
+            const model = side.getAttribute("aria-label");
+            if (side.getAttribute("aria-busy") === "true") writing.add(model);
+            else if (writing.delete(model) || (ended && !heard.has(model))) {
+                heard.add(model);
+                if (side.querySelector("[role=alert]")) continue;
+                const line = document.createElement("p");
+                line.textContent = `${model}: ${side.querySelector(".words").textContent}`;
+                spoken.append(line);
+                if (spoken.children.length > 8) spoken.firstChild.remove();
+            }
+        }
+        if (!ended) return;
+        heard.clear();
+        drawn = document.querySelector("#panel")?.innerHTML;
+    };
     const look = () => {
         name();
         giveBack();
         notice();
+        speak();
     };
     look();
     new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
@@ -76,7 +107,7 @@
         for (const line of document.querySelectorAll(".lost")) line.remove();
         for (const box of Object.keys(BOXES)) if (!(box in back)) draft(box);
     };
-    window.mmmamba = { store, settled: () => setTimeout(settled, 100) };
+    window.mmmamba = { store, settled: () => setTimeout(settled, 100), ended: () => setTimeout(speak, 100, true) };
 
     const isBox = (element) => Object.keys(BOXES).some((box) => element.matches?.(box));
     // A key held down sends once.

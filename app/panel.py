@@ -58,7 +58,10 @@ STORE = """(panel, growth) => {
 # By default Gradio drops a message that comes before it was told the end of the last answer, a moment after the box has
 # opened. This way it waits for that.
 SENT: Literal["always_last"] = "always_last"
-FOCUS = "() => document.querySelector('#compare-box textarea')?.focus({ preventScroll: true })"
+ANSWERED = """() => {
+    document.querySelector("#compare-box textarea")?.focus({ preventScroll: true });
+    window.mmmamba.ended();
+}"""
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -288,7 +291,7 @@ def layout(
         example = panel.example(question, [str(folder / name)])
         asked.append(button.click(example, [models, *options], shown, **PRIVATE))
     for answer in asked:
-        answer.success(None, js=FOCUS, **PRIVATE)
+        answer.success(None, js=ANSWERED, **PRIVATE)
     box.stop(panel.stop, queue=False, **PRIVATE)
     asked.append(clear.click(panel.clear, None, shown, queue=False, **PRIVATE))
     asked.append(

@@ -58,11 +58,12 @@ def _card(side: Side) -> str:
     words = escape(without_marks(side.text, bold="")) or f"<i>{escape(stages.get(side.stage, 'No answer.'))}</i>"
     if side.stage == "failed":
         words = f'<span role="alert">{escape(side.note)}</span>'
-    busy = "true" if side.stage in ("loading", "reading", "writing") else "false"
+    # page.js reads an answer out when this ends.
+    busy = "false" if side.stage in ("done", "failed") else "true"
     return (
         f'<section class="side side-{side.kind}" aria-label="{escape(side.name)}" aria-busy="{busy}">'
         f"<h2><i></i>{KIND_NAMES.get(side.kind, 'Model')} <span>{escape(named(side.name, side.precision))}</span></h2>"
-        f'<div class="words" aria-live="polite">{words}</div></section>'
+        f'<div class="words">{words}</div></section>'
     )
 
 

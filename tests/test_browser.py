@@ -360,6 +360,9 @@ def test_camera(browser: Browser, url: str) -> None:
         page.fill(BOX, "what is this")
         page.click("#camera > button")
         page.click("#camera button:has-text('Webcam')")
+        page.wait_for_function(
+            "document.querySelector('#camera video')?.readyState >= 2"
+        )  # else there is no picture yet
         page.click("#camera button[aria-label='capture photo']")
         page.wait_for_selector("#camera img")
         page.click("#camera-use")
@@ -733,6 +736,24 @@ def test_comparison_shows_both_answers_and_their_figures(page: Page) -> None:
         assert part in text
     assert page.locator("#panel svg.chart").count() == 2
     assert page.locator("#panel svg").first.get_attribute("aria-label") is not None
+
+
+def test_answers_of_a_comparison_are_read_out_once_each(page: Page) -> None:
+    page.click("#compare-tab-button")
+    heard: list[str] = []
+    for turn in (1, 2):
+        page.fill("#compare-box textarea", "[say] the same")
+        page.press("#compare-box textarea", "Enter")
+        page.wait_for_function(
+            "count => document.querySelectorAll('#spoken p').length === count", arg=2 * turn, timeout=15_000
+        )
+        page.wait_for_selector("#compare-box button.submit-button")
+        heard = page.locator("#spoken p").all_text_contents()
+    assert sorted(heard) == sorted(2 * ["fake: the same", "fake-teacher: the same"])
+    page.press("#compare-box textarea", "Enter")  # nothing to send, so nothing is said again
+    page.wait_for_timeout(500)
+    assert page.locator("#spoken p").count() == 4
+    assert page.locator("#panel [aria-live]").count() == 0, "what is replaced says nothing"
 
 
 def test_context_grows_stops_and_downloads(page: Page) -> None:
