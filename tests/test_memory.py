@@ -110,6 +110,11 @@ def test_the_larger_batch_of_a_recipe_counts() -> None:
     assert step_memory(longer, "stage3", config) == texts
     assert texts.activations > images.activations
 
+    compared = replace(recipe, stages={"stage3": replace(plan, hidden_weight=1.0)})
+    tokens = 6 * 64 + 12 * config.tokens_per_tile * 3  # the embedding stack has four positions for an image token
+    kept = (8 * tokens + 4 * 6 * 64) * config.language.hidden_size * 4
+    assert step_memory(compared, "stage3", config).activations == images.activations + kept
+
 
 def test_tiles_of_packed_rows_count() -> None:
     config = config_2_6b("linear")

@@ -132,6 +132,7 @@ def test_an_unknown_recipe() -> None:
         ({"save_steps": -1}, "save_steps=-1 is below 0"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0; 1 leaves the logits alone"),
         ({"ce_weight": -0.5}, "ce_weight=-0.5 is below 0; use 0 to leave cross-entropy out"),
+        ({"hidden_weight": -1.0}, "hidden_weight=-1.0 is below 0; use 0 to leave hidden states alone"),
         ({"all_tokens": "yes"}, 'all_tokens="yes" is text'),
         (
             {"all_tokens": True, "image_answer_tokens": 20},
@@ -219,7 +220,7 @@ def test_later_fields_change_facts_only_where_they_change_something() -> None:
     """A checkpoint from before they came must go on."""
     linear = Recipe.load("nano-linear")
     facts = linear.facts("stage3")
-    assert not {"temperature", "ce_weight", "all_tokens", "reduction", "train_decay"} & facts.keys()
+    assert not {"temperature", "ce_weight", "all_tokens", "reduction", "train_decay", "hidden_weight"} & facts.keys()
     warm = replace(linear, stages={"stage3": replace(linear.stages["stage3"], temperature=2.0)})
     assert differences(facts, warm.facts("stage3")) == ["temperature is 2.0, was None"]
 
