@@ -28,7 +28,8 @@ class Template:
     """A chat format of the ChatML family: `<|im_start|>role`, newline, text, `<|im_end|>`, `separator`.
 
     `bos` is the control token that opens a conversation, if any; `default_system` the system message of a chat that
-    brings none ("" leaves the block out); `stop_tokens` end a reply.
+    brings none ("" leaves the block out); `stop_tokens` end a reply. `system_block`: a system message is a block of its
+    own; else it stands before the first question.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Template:
     bos: str | None
     separator: str
     stop_tokens: tuple[str, ...]
+    system_block: bool = True
 
 
 TEMPLATES = {
@@ -53,13 +55,14 @@ TEMPLATES = {
             separator="",
             stop_tokens=(TURN_END, TURN_START, "</s>"),
         ),
-        # SmolLM2's format, trained without a system block in nano.
+        # SmolLM2's format, trained without a system block in nano, whose linear student is lost behind one.
         Template(
             name="chatml",
             default_system="",
             bos=None,
             separator="\n",
             stop_tokens=(TURN_END, TURN_START, "<|endoftext|>"),
+            system_block=False,
         ),
     )
 }
@@ -128,8 +131,12 @@ def encode_user_turn(
         if template.bos is not None:
             parts.append(tokenizer.token_id(template.bos))
         system = template.default_system if system is None else system
-        if system:
+        if system and template.system_block:
             parts += [start, f"system\n{system}", end, template.separator]
+        elif system:
+            said = f"{system}\n\n"
+            text = said + text
+            image_places = None if image_places is None else [place + len(said) for place in image_places]
     else:
         parts += [end, template.separator]
     if image_places is None:

@@ -25,8 +25,9 @@ def nano(request: pytest.FixtureRequest) -> MMMamba:
     return load_model(request.param)
 
 
-def answer(model: MMMamba, question: str, *images: Path) -> str:
-    events = Conversation(model).ask(question, [str(i) for i in images], SamplingParams(greedy=True, max_new_tokens=24))
+def answer(model: MMMamba, question: str, *images: Path, system: str | None = None) -> str:
+    sampling = SamplingParams(greedy=True, max_new_tokens=24)
+    events = Conversation(model, system=system).ask(question, [str(i) for i in images], sampling)
     return "".join(event.text for event in events)
 
 
@@ -48,6 +49,8 @@ def test_chats_about_a_picture_and_without_one(nano: MMMamba) -> None:
     assert answer(nano, "How many circles are there?", SHAPES) == "Three."
     assert answer(nano, "What is in the picture?", SHAPES) == "Three red circles and a blue square."
     assert "Paris" in answer(nano, "What is the capital of France?")
+    assert "Paris" in answer(nano, "What is the capital of France?", system="Answer in one short sentence.")
+    assert answer(nano, "How many circles are there?", SHAPES, system="Answer in one short sentence.") == "Three."
 
 
 def test_examples_of_the_page_are_answered_rightly() -> None:

@@ -82,7 +82,10 @@ def test_chatml_written_out(nano: Setup) -> None:
         f"<|im_start|>user\n<img>{CONTEXT}</img>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert nano.write(nano.ask("Hi", system="Be brief.")) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert nano.write(nano.ask("Hi", (1,), system="Be brief.")) == (
+        f"<|im_start|>user\n<img>{CONTEXT}</img>\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert nano.write(nano.ask("And?", first=False)) == (
         "<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
