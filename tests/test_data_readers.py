@@ -252,7 +252,7 @@ def test_text_alone_and_system_messages_make_text_rows(folder: Path, tokenizer) 
     mixture = Mixture(open_sources({f"internvl-text:{meta}": 1}), Rows(tokenizer, CONFIG, "text"), batch_size=4)
     batch = mixture.batch(0)
     assert batch.pixels is None
-    assert "system\nBe brief." in tokenizer.decode(batch.input_ids[0].tolist())
+    assert "user\nBe brief.\n\nHello" in tokenizer.decode(batch.input_ids[0].tolist())
     images = Mixture(open_sources({f"internvl:{meta}": 1, "shapes": 1}), Rows(tokenizer, CONFIG), batch_size=4)
     assert images.batch(0).pixels.shape == (4, 224, 224, 3)
 
