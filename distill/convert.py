@@ -20,7 +20,7 @@ from mmmamba.model import MMMamba
 
 GATE_GAIN = 2**-2.5
 DT_RANGE = (0.001, 0.1)
-# Nano's 1,545 rows are filled up to a multiple: products whose rows begin at odd addresses run at half the speed.
+# Nano's 1,545 rows are filled up to a multiple: rows that begin at odd addresses cannot be read in whole vectors.
 ROWS = 8
 
 

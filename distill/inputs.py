@@ -117,12 +117,10 @@ def prepare(
     follows[:, :-1] = batch.loss_mask[:, 1:]
     if packed is not None:
         follows[:, :-1] &= packed.segment_ids[:, 1:] == packed.segment_ids[:, :-1]
-    # A row ends with the last learned token; what comes behind is padding.
-    real = packed.is_real if packed is not None else batch.loss_mask.flip(1).cumsum(1).flip(1) > 0
     if all_tokens:
         positions = torch.arange(rows * seqlen)
         targets = batch.input_ids.roll(-1, dims=1).flatten()
-        weights, answers = real.flatten().float(), follows.flatten().float()
+        weights, answers = _is_real(batch).flatten().float(), follows.flatten().float()
     else:
         positions = follows.flatten().nonzero().squeeze(1)
         targets = batch.input_ids.flatten()[positions + 1]
@@ -140,7 +138,7 @@ def prepare(
     segments = real_positions = None
     if packed is not None or mark_real:
         repeats = torch.where(batch.input_ids == embedding.img_context_token_id, repeat, 1).flatten()
-        is_real = real.float()
+        is_real = _is_real(batch).float()
         real_positions = (is_real.flatten().repeat_interleave(repeats).view(rows, -1), is_real)
     if packed is not None:
         stack_ids = packed.segment_ids.flatten().repeat_interleave(repeats).view(rows, -1)
@@ -150,6 +148,11 @@ def prepare(
         layout, (rows, seqlen), batch.pixels, segments, real_positions, answers, positions, targets, weights
     )
     return inputs.pin_memory() if torch.cuda.is_available() else inputs
+
+
+def _is_real(batch: Batch | PackedBatch) -> Tensor:
+    """Which positions are no padding, (batch, seqlen): rows that are not packed end with their last learned token."""
+    return batch.is_real if isinstance(batch, PackedBatch) else batch.loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def _slots(segment_ids: Tensor) -> int:

@@ -76,7 +76,7 @@ def token_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """|student - teacher|² / |teacher|² of a hidden state, averaged over tokens; both (batch, seqlen, hidden_size).
 
-    Relative, since the residual stream of some tokens is a hundred times as large as others', and grows with depth.
+    Relative, since the residual stream is fifty times as large at some tokens (nano's first) as at others.
 
     Args: weights: (batch, seqlen) of the positions in the mean; None: all the same.
     """
